@@ -1,0 +1,71 @@
+"Pytest runs every page: each code cell is an item, run in order in one shell under nbdev's skip rules"
+import os
+from pathlib import Path
+import pytest
+
+os.environ.setdefault('MPLBACKEND', 'agg')
+os.environ.setdefault('OMP_NUM_THREADS', str(os.cpu_count() or 1))
+
+
+def pytest_collect_file(parent, file_path):
+    nbs = parent.config.rootpath/'nbs'
+    if file_path.suffix == '.ipynb' and nbs in file_path.parents and not file_path.name.startswith('_') \
+            and '.ipynb_checkpoints' not in file_path.parts:
+        return Page.from_parent(parent, path=file_path)
+
+
+def _skipped(cell, flags):
+    "The directive or content for which nbdev's own test command would pass a cell over, or nothing"
+    from nbdev.process import extract_directives
+    from execnb.nbio import mk_cell
+    if 'nbdev_export(' in cell.source: return 'export'
+    found = extract_directives(mk_cell(cell.source, cell_type='code'), remove=False)
+    if found.get('eval:', [''])[0] == 'false': return 'eval: false'
+    return next((f for f in flags if f in found), None)
+
+
+class Page(pytest.File):
+    "One notebook; its cells share a shell, made when the first one runs"
+    shell = broken = None
+
+    def collect(self):
+        from execnb.nbio import read_nb
+        from nbdev.config import get_config
+        flags = get_config(self.config.rootpath).tst_flags.split()
+        cells = [c for c in read_nb(self.path).cells if c.cell_type == 'code' and c.source.strip()]
+        for i, cell in enumerate(cells):
+            if not _skipped(cell, flags): yield Cell.from_parent(self, name=f'cell{i+1}', source=cell.source)
+
+    def run(self, source):
+        if self.shell is None:
+            from execnb.shell import CaptureShell
+            self.shell = CaptureShell(self.path)
+            self.shell.run_cell('%matplotlib inline')
+        self.shell.run(source)
+        return self.shell.exc
+
+    def teardown(self): self.shell = None
+
+
+class CellError(Exception): "Carries a cell's own traceback"
+
+
+class Cell(pytest.Item):
+    def __init__(self, source, **kw):
+        super().__init__(**kw)
+        self.source = source
+
+    def runtest(self):
+        if self.parent.broken: pytest.skip(f'{self.parent.broken} of this page failed')
+        here = os.getcwd()
+        os.chdir(self.path.parent)
+        try: failed = self.parent.run(self.source)
+        finally: os.chdir(here)
+        if failed:
+            self.parent.broken = self.name
+            raise CellError(self.parent.shell.prettytb() if hasattr(self.parent.shell, 'prettytb') else repr(failed)) from failed
+
+    def repr_failure(self, excinfo, style=None):
+        return str(excinfo.value) if isinstance(excinfo.value, CellError) else super().repr_failure(excinfo, style)
+
+    def reportinfo(self): return self.path, None, f'{self.path.name} {self.name}: {self.source.strip().splitlines()[0][:60]}'
