@@ -1,6 +1,5 @@
 "Pytest runs every page: each code cell is an item, run in order in one shell under nbdev's skip rules"
-import os
-from pathlib import Path
+import os, traceback
 import pytest
 
 os.environ.setdefault('MPLBACKEND', 'agg')
@@ -47,6 +46,13 @@ class Page(pytest.File):
     def teardown(self): self.shell = None
 
 
+def _traceback(e):
+    "The frames of the cell and of what it called, without the shell's own"
+    frames = traceback.extract_tb(e.__traceback__)
+    own = [f for f in frames if 'IPython' not in f.filename and 'execnb' not in f.filename]
+    return ''.join(traceback.format_list(own) + traceback.format_exception_only(type(e), e))
+
+
 class CellError(Exception): "Carries a cell's own traceback"
 
 
@@ -63,7 +69,7 @@ class Cell(pytest.Item):
         finally: os.chdir(here)
         if failed:
             self.parent.broken = self.name
-            raise CellError(self.parent.shell.prettytb() if hasattr(self.parent.shell, 'prettytb') else repr(failed)) from failed
+            raise CellError(f'{self.source}\n\n{_traceback(failed)}') from None
 
     def repr_failure(self, excinfo, style=None):
         return str(excinfo.value) if isinstance(excinfo.value, CellError) else super().repr_failure(excinfo, style)

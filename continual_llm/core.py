@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UserError', 'nearest', 'one_of', 'in_range', 'seed_for', 'generator', 'numpy_generator', 'seed_everything',
-           'pick_device', 'multiplies_bf16', 'pick_precision', 'sync_folder', 'atomic_file', 'write_bytes',
+           'pick_device', 'multiplies_bf16', 'pick_precision', 'autocast', 'sync_folder', 'atomic_file', 'write_bytes',
            'write_json', 'read_json', 'file_hash', 'human_bytes', 'human_time']
 
 # %% ../nbs/00_core.ipynb #9e216a0d
@@ -130,6 +130,14 @@ def pick_precision(
     "The arithmetic for matrix products; weights and sums stay in fp32 either way"
     one_of('precision', name, ('auto', 'fp32', 'bf16'))
     return name if name != 'auto' else 'bf16' if multiplies_bf16(device) else 'fp32'
+
+# %% ../nbs/00_core.ipynb #454c1af4
+def autocast(
+    precision:str,  # `fp32` or `bf16`
+    device='cpu',   # where the work is done
+):                  # a context: matrix products inside it run in that precision
+    "Matrix products in bfloat16, sums and losses in fp32; with `fp32`, nothing changes"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == 'bf16')
 
 # %% ../nbs/00_core.ipynb #b017c4e9
 def sync_folder(
