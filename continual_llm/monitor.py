@@ -6,8 +6,8 @@
 __all__ = ['History', 'banner', 'eval_lines', 'done_lines', 'in_notebook', 'Redrawn', 'Console', 'JsonLines', 'thin', 'smooth',
            'draw', 'save_curve', 'LiveFigure']
 
-# %% ../nbs/07_monitor.ipynb #4cdcf56c
-import json, math, sys, time, warnings
+# %% ../nbs/07_monitor.ipynb #ae5d1f47
+import json, math, sys, time
 from pathlib import Path
 from .core import atomic_file, write_bytes
 from .metrics import figure_png, new_figure, perplexity
@@ -150,7 +150,7 @@ class Redrawn:
         if self.handle: self.handle.update(data, raw=True)
         else: self.handle = display(data, raw=True, display_id=True)
 
-# %% ../nbs/07_monitor.ipynb #e9d17c5a
+# %% ../nbs/07_monitor.ipynb #3bfe98e4
 class _Line:
     "Enough of a file for tqdm: hands each line it draws to `show`"
     def __init__(self, show): self.show = show
@@ -165,9 +165,9 @@ def _bar(total, done):
               bar_format='{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]')
     if in_notebook():
         draw = Redrawn()
-        return Bar(**kw | dict(leave=True), file=_Line(lambda line: draw({'text/plain': line})), ncols=110, mininterval=.5)
+        return Bar(**kw | dict(leave=True), file=_Line(lambda line: draw({'text/plain': line})), ncols=100, ascii=False, mininterval=.5)
     if sys.stderr.isatty(): return Bar(**kw, dynamic_ncols=True)
-    return Bar(**kw, file=_Line(_say), ncols=110, mininterval=60, delay=60)
+    return Bar(**kw, file=_Line(_say), ncols=100, mininterval=60, delay=60)
 
 # %% ../nbs/07_monitor.ipynb #fe101a9e
 class Console:
@@ -250,7 +250,7 @@ class JsonLines:
             self.behind = True
         else: self.behind = False
 
-# %% ../nbs/07_monitor.ipynb #de5530b8
+# %% ../nbs/07_monitor.ipynb #a4796c94
 def thin(
     xs:list,      # steps
     ys:list,      # values; those that are missing or not finite are left out
@@ -263,38 +263,56 @@ def thin(
     return [sum(x for x, _ in g)/len(g) for g in groups], [sum(y for _, y in g)/len(g) for g in groups]
 
 def smooth(
-    ys:list,         # values, from the first to the last
-    share:float=.03, # of all of them: how far the memory reaches
+    ys:list,         # values at equal distances
+    share:float=.04, # of all of them: how many neighbours count
 )->list:
-    "Exponential running mean, unbiased from the first value on"
-    keep, mean, weight, out = 1 - 1/max(1, share*len(ys)), 0., 0., []
-    for y in ys:
-        mean, weight = keep*mean + (1-keep)*y, keep*weight + (1-keep)
-        out.append(mean/weight)
-    return out
+    "The mean of each value and its neighbours, as many on either side"
+    half, n = int(share*len(ys)/2), len(ys)
+    reach = [min(half, i, n-1-i) for i in range(n)]
+    return [sum(ys[i-h:i+h+1]) / (2*h+1) for i, h in enumerate(reach)]
 
-# %% ../nbs/07_monitor.ipynb #1ce66f23
-BLUE, RED, PURPLE, GREY = '#4878a8', '#d1495b', '#8a5aa8', '#777777'  # train, validation, words, rate
+# %% ../nbs/07_monitor.ipynb #a8401acc
+BLUE, RED, PURPLE, GREY = '#3b75af', '#d1495b', '#8a5aa8', '#777777'  # training, validation, words, rate
 
-def _panel(ax, title):
+def _dress(ax, name):
+    "Quiet axes with their names, and the legend above them, where no curve can be"
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-    ax.set_title(title, loc='left', fontsize=10, weight='bold')
-    ax.set_xlabel('optimizer step')
+    ax.set(xlabel='optimizer step', ylabel=name)
     ax.grid(alpha=.25)
     ax.spines[['top', 'right']].set_visible(False)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc='lower left', bbox_to_anchor=(-.03, 1.), ncols=3, frameon=False, fontsize=8.5, handlelength=1.3, columnspacing=1.1)
 
-def _log_ticks(ax):
+def _log(ax):
+    "A logarithmic axis with numbers a person can read"
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
     ax.set_yscale('log')
     low, high = ax.get_ylim()
-    few, some = (1, 2, 5), (1, 1.5, 2, 3, 4, 6, 8)
-    ax.yaxis.set_major_locator(LogLocator(subs=(1,) if high/low > 1000 else few if high/low > 10 else some))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 1000*low else (1, 2, 5) if high > 10*low else (1, 1.5, 2, 3, 4, 6, 8)))
     ax.yaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
-# %% ../nbs/07_monitor.ipynb #1cc1e2e1
+# %% ../nbs/07_monitor.ipynb #59de777e
+def _curves(loss, ppl, rate, history):
+    "Draw the numbers"
+    steps, evals = history.column('step', 'step'), history.column('eval', 'step')
+    x, y = thin(steps, history.column('step', 'loss'))
+    loss.plot(x, y, color=BLUE, alpha=.3, lw=1)
+    loss.plot(x, smooth(y), color=BLUE, label='train')
+    ppl.plot(x, [perplexity(l) for l in smooth(y)], color=BLUE, label='train')
+    dots = dict(marker='o', ms=3.5, color=RED)
+    loss.plot(*thin(evals, history.column('eval', 'loss')), **dots, label='validation')
+    ppl.plot(*thin(evals, history.column('eval', 'perplexity')), **dots, label='validation')
+    ppl.plot(*thin(evals, history.column('eval', 'word_perplexity')), **dots | dict(color=PURPLE), label='validation per word')
+    rate.plot(*thin(steps, history.column('step', 'lr')), color=GREY)
+    if best := history.best():
+        star = dict(marker='*', ms=13, ls='', color=RED, mec='white', zorder=5)
+        loss.plot([best['step']], [best['loss']], **star, label=f"best {best['loss']:.4f}")
+        ppl.plot([best['step']], [best['perplexity']], **star)
+
+# %% ../nbs/07_monitor.ipynb #e2ee5198
 def draw(
     history:History, # of any length
     fig=None,        # a matplotlib figure to draw into; none makes a new one
@@ -302,26 +320,12 @@ def draw(
     "Losses, perplexities and rate over the steps, the best evaluation marked"
     fig = fig or new_figure(10, 3.1)
     fig.clear()
+    fig.set_layout_engine(None)  # fixed margins: finding the best ones takes longer than all the rest
+    fig.subplots_adjust(left=.055, right=.995, bottom=.16, top=.88, wspace=.36)
     loss, ppl, rate = fig.subplots(1, 3, width_ratios=[1.2, 1.2, .9])
-    step, evals, best = history.column('step', 'step'), history.column('eval', 'step'), history.best()
-    x, y = thin(step, history.column('step', 'loss'))
-    loss.plot(x, y, color=BLUE, alpha=.3, lw=1)
-    loss.plot(x, smooth(y), color=BLUE, label='train')
-    ppl.plot(x, [perplexity(l) for l in smooth(y)], color=BLUE, label='train, per token')
-    dots = dict(marker='o', ms=3.5, color=RED)
-    loss.plot(*thin(evals, history.column('eval', 'loss')), **dots, label='validation')
-    ppl.plot(*thin(evals, history.column('eval', 'perplexity')), **dots, label='validation, per token')
-    ppl.plot(*thin(evals, history.column('eval', 'word_perplexity')), **dots | dict(color=PURPLE), label='validation, per word')
-    rate.plot(*thin(step, history.column('step', 'lr')), color=GREY)
-    if best:
-        star = dict(marker='*', ms=13, ls='', color=RED, mec='white', zorder=5)
-        loss.plot([best['step']], [best['loss']], **star, label=f"best, {best['loss']:.4f}")
-        ppl.plot([best['step']], [best['perplexity']], **star)
-    for ax, title, name in ((loss, 'Loss', 'nats per token'), (ppl, 'Perplexity', 'perplexity'), (rate, 'Learning rate', 'learning rate')):
-        _panel(ax, title)
-        ax.set_ylabel(name)
-    if step or evals: _log_ticks(ppl)
-    for ax in (loss, ppl): ax.legend(frameon=False, fontsize=8)
+    _curves(loss, ppl, rate, history)
+    for ax, name in ((loss, 'loss (nats per token)'), (ppl, 'perplexity'), (rate, 'learning rate')): _dress(ax, name)
+    if history.records: _log(ppl)
     rate.set_ylim(0, None)
     return fig
 
@@ -332,7 +336,7 @@ def save_curve(
     "Write the figure of `draw` as a PNG, whole or not at all"
     write_bytes(path, figure_png(draw(history), dpi=150))
 
-# %% ../nbs/07_monitor.ipynb #2ef4c1ed
+# %% ../nbs/07_monitor.ipynb #2d3813d9
 class LiveFigure:
     "The curve, redrawn in place while the run goes on"
     def __init__(self,
@@ -346,16 +350,16 @@ class LiveFigure:
 
     def __call__(self, record:dict, history:History):
         "Draw if enough time has passed"
-        if self.show is None or record['kind'] not in ('step', 'eval'): return
+        if self.show is None or record['kind'] not in ('step', 'eval', 'done'): return
         self.stale = history
-        if time.monotonic() >= self.next: self.redraw()
+        if record['kind'] == 'done' or time.monotonic() >= self.next: self.redraw()
 
     def redraw(self):
         "Draw now, and say when next"
         start, history, self.stale = time.monotonic(), self.stale, None
         self.show(figure_png(draw(history)))
         now = time.monotonic()
-        self.next = now + max(self.every, 20*(now-start), min((now-self.begun)/100, 10))
+        self.next = now + max(self.every, 10*(now-start), min((now-self.begun)/100, 10))
 
     def close(self):
         "Leave the last state behind"
