@@ -73,7 +73,7 @@ def _rows(R):
 
 def _mean(xs): return sum(xs)/len(xs) if xs else 0.
 
-# %% ../nbs/06_metrics.ipynb #3b86d7ea
+# %% ../nbs/06_metrics.ipynb #8a495999
 def average(
     R:list,  # row i: scores after domain i, at least of domains 0 to i; smaller is better
 )->float:
@@ -83,7 +83,7 @@ def average(
 def forgetting(
     R:list,  # as in `average`
 )->list:     # one number per domain but the last; 0.3 is a rise of 0.3 bits per byte
-    "How far each domain is now from the best it ever was (Chaudhry et al. 2018)"
+    "How far each domain is now from its best since it was learned (Chaudhry et al. 2018)"
     return [R[-1][j] - min(row[j] for row in R[j:-1]) for j in range(len(_rows(R))-1)]
 
 # %% ../nbs/06_metrics.ipynb #57ea09ff
@@ -124,26 +124,27 @@ def new_figure(
     fig._repr_png_ = partial(figure_png, fig)  # what a notebook asks for where pyplot was never imported
     return fig
 
-# %% ../nbs/06_metrics.ipynb #ad737d96
+# %% ../nbs/06_metrics.ipynb #df0ffd7d
 def draw_matrix(
     R:list,     # as in `average`; scores that were not taken may be missing or not finite
-    names:list, # of the domains, in the order in which they were learned
+    names:list, # of the domains, in the order in which they are learned
     fig=None,   # a matplotlib figure to draw into; none makes a new one
 ):              # the figure
     "Heat map of scores per stage and domain, coloured by the change since a domain was learned"
     from matplotlib.colors import TwoSlopeNorm
-    n, fig = len(R), fig or new_figure(2.2 + .95*len(R), 1.5 + .55*len(R))
-    cells = [[row[j] if j < len(row) else math.nan for j in range(n)] for row in R]
-    change = [[cells[i][j] - cells[j][j] if j <= i else math.nan for j in range(n)] for i in range(n)]
-    reach = max([.1] + [abs(c) for row in change for c in row if math.isfinite(c)])
+    n, m = len(R), max(map(len, R))  # stages so far, domains scored
+    fig = fig or new_figure(2.2 + .95*m, 1.5 + .55*n)
+    cells = [[row[j] if j < len(row) else math.nan for j in range(m)] for row in R]
+    change = [[cells[i][j] - cells[j][j] if j <= i else math.nan for j in range(m)] for i in range(n)]
+    reach = 1.3*max([.1] + [abs(c) for row in change for c in row if math.isfinite(c)])
     ax = fig.add_subplot()
     im = ax.imshow(change, cmap='RdBu_r', norm=TwoSlopeNorm(0, -reach, reach), aspect='auto')
     for i, row in enumerate(cells):
         for j, x in enumerate(row):
             if not math.isfinite(x): continue
             ax.text(j, i, f"{x:.2f}", ha='center', va='center', weight='bold' if i == j else None,
-                    color='grey' if j > i else 'white' if abs(change[i][j]) > .7*reach else 'black')
-    ax.set(xlabel='scored on', ylabel='after learning', xticks=range(n), yticks=range(n), xticklabels=names[:n], yticklabels=names[:n])
+                    color='grey' if j > i else 'white' if abs(change[i][j]) > .65*reach else 'black')
+    ax.set(xlabel='scored on', ylabel='after learning', xticks=range(m), yticks=range(n), xticklabels=names[:m], yticklabels=names[:n])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     fig.colorbar(im, ax=ax, label='change since learned')

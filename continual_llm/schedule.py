@@ -20,10 +20,11 @@ SHAPES = dict( # share of the descent behind us -> share of the height left
     linear=lambda done: 1 - done,
     sqrt=lambda done: 1 - math.sqrt(done))
 
-# %% ../nbs/05_schedule.ipynb #eccf953a
+# %% ../nbs/05_schedule.ipynb #cf72376a
 def _fall(shape, done, peak, floor):
     "From `peak` to `floor`, flat before `done == 0` and after `done == 1`"
-    return floor + (peak-floor) * SHAPES[shape](min(max(done, 0.), 1.))
+    left = SHAPES[shape](min(max(done, 0.), 1.))
+    return peak*left + floor*(1-left)  # in this form both ends are met to the last bit
 
 # %% ../nbs/05_schedule.ipynb #6de545af
 def _check(warmup, total):
@@ -69,7 +70,7 @@ def constant_then_decay(
     if step < warmup: return _rise(step, 0., peak, warmup)
     return _fall(shape, (step-begin) / (total-begin), peak, floor)
 
-# %% ../nbs/05_schedule.ipynb #826ae690
+# %% ../nbs/05_schedule.ipynb #70e51d8b
 def rewarm(
     step:int,       # optimizer step in the new domain, counted from 0
     peak:float,     # highest rate in the new domain
@@ -79,9 +80,8 @@ def rewarm(
     floor:float=0., # rate once the descent is over
 )->float:           # rate for this step
     "Rise from where the last domain ended, then fall as `lr_at` does (Ibrahim et al. 2024)"
-    _check(warmup, total)
-    if step < warmup: return _rise(step, start, peak, warmup)
-    return _fall('cosine', (step-warmup) / (total-warmup), peak, floor)
+    lr = lr_at(step, peak, warmup, total, floor)
+    return _rise(step, start, peak, warmup) if step < warmup else lr
 
 # %% ../nbs/05_schedule.ipynb #002e177a
 def set_lr(
