@@ -157,7 +157,7 @@ def _eval_curves(loss, ppl, history):
         loss.plot([best['step']], [best['loss']], **STAR, label=f"best {best['loss']:.4f}")
         ppl.plot([best['step']], [best['perplexity']], **STAR)
 
-# %% ../nbs/06a_history.ipynb #e913d339
+# %% ../nbs/06a_history.ipynb #264fc0e3
 def draw(
     history:History, # of any length
     fig=None,        # a matplotlib figure to draw into; none makes a new one
@@ -166,11 +166,12 @@ def draw(
     fig = fig or new_figure(10, 3.1)
     fig.clear()
     fig.set_layout_engine(None)  # fixed margins: finding the best ones takes longer than all the rest
-    fig.subplots_adjust(left=.055, right=.995, bottom=.16, top=.88, wspace=.36)
+    fig.subplots_adjust(left=.065, right=.995, bottom=.16, top=.88, wspace=.38)
     loss, ppl, rate = fig.subplots(1, 3, width_ratios=[1.2, 1.2, .9])
     _train_curves(loss, ppl, rate, history)
     _eval_curves(loss, ppl, history)
     for ax, name in ((loss, 'loss (nats per token)'), (ppl, 'perplexity'), (rate, 'learning rate')): _dress(ax, name)
     if history.records: _log(ppl)
     rate.set_ylim(0, None)
+    rate.ticklabel_format(axis='y', scilimits=(-1, 4))
     return fig

@@ -62,12 +62,12 @@ class Score:
         means = {name: getattr(self, name) for name in ('loss', 'perplexity', 'word_perplexity', 'bits_per_byte')}
         return means | dict(nats=self.nats, tokens=self.tokens, words=self.words, bytes=self.bytes)
 
-# %% ../nbs/06_metrics.ipynb #336ab237
+# %% ../nbs/06_metrics.ipynb #9a5448cf
 def _rows(R):
     "The matrix, if every stage has a score for each domain learned so far"
     for i, row in enumerate(R):
         if len(row) <= i or not all(map(math.isfinite, row[:i+1])):
-            raise UserError(f"stage {i} needs a finite score for each of the {i+1} domains learned so far, got {list(row)}; evaluate the missing ones")
+            raise UserError(f"stage {i} needs a finite score for each of the {i+1} domains learned by then, got {list(row)}; evaluate them")
     if not R: raise UserError("no stage has been scored yet, got R=[]; evaluate every domain after each one is learned")
     return R
 
@@ -86,7 +86,7 @@ def forgetting(
     "How far each domain is now from its best since it was learned (Chaudhry et al. 2018)"
     return [R[-1][j] - min(row[j] for row in R[j:-1]) for j in range(len(_rows(R))-1)]
 
-# %% ../nbs/06_metrics.ipynb #57ea09ff
+# %% ../nbs/06_metrics.ipynb #1052cd3e
 def backward_transfer(
     R:list,  # as in `average`
 )->float:    # above 0: later domains helped the earlier ones; below 0: they hurt
@@ -98,9 +98,10 @@ def forward_transfer(
     baseline:list, # score of each domain with a model that learned nothing
 )->float:          # above 0: earlier domains helped before the domain itself was seen
     "Mean head start of a domain over the baseline (Lopez-Paz and Ranzato 2017)"
-    if len(baseline) < len(_rows(R)): raise UserError(f"{len(R)} domains need {len(R)} baseline scores, got {len(baseline)}; score an untrained model on each")
+    if len(baseline) < len(_rows(R)):
+        raise UserError(f"{len(R)} domains need {len(R)} baseline scores, got {len(baseline)}; score an untrained model on each")
     for j in range(1, len(R)):
-        if len(R[j-1]) <= j: raise UserError(f"stage {j-1} has no score for domain {j}; forward transfer needs it from before it was learned")
+        if len(R[j-1]) <= j: raise UserError(f"stage {j-1} has no score for domain {j}; evaluate it before it is learned as well")
     return _mean([baseline[j] - R[j-1][j] for j in range(1, len(R))])
 
 # %% ../nbs/06_metrics.ipynb #543e0d49
@@ -124,7 +125,7 @@ def new_figure(
     fig._repr_png_ = partial(figure_png, fig)  # what a notebook asks for where pyplot was never imported
     return fig
 
-# %% ../nbs/06_metrics.ipynb #df0ffd7d
+# %% ../nbs/06_metrics.ipynb #fdfa85a4
 def draw_matrix(
     R:list,     # as in `average`; scores that were not taken may be missing or not finite
     names:list, # of the domains, in the order in which they are learned
@@ -147,5 +148,5 @@ def draw_matrix(
     ax.set(xlabel='scored on', ylabel='after learning', xticks=range(m), yticks=range(n), xticklabels=names[:m], yticklabels=names[:n])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    fig.colorbar(im, ax=ax, label='change since learned')
+    fig.colorbar(im, ax=ax, label='change since learned (bits per byte)')
     return fig

@@ -30,7 +30,7 @@ def _place(r, epochs=''):
     epoch = f"{r['epoch']}/{epochs}" if epochs else r['epoch']
     return f"Epoch {epoch}" if r.get('whole', True) else f"Step {r['step']} (epoch {epoch})"
 
-# %% ../nbs/07_monitor.ipynb #347c2bcc
+# %% ../nbs/07_monitor.ipynb #f80dca3c
 def eval_lines(
     r:dict,               # an `eval` record; `whole` is false inside an epoch
     epochs:int,           # of the whole run
@@ -38,7 +38,8 @@ def eval_lines(
 )->str:
     "An evaluation as a block of lines"
     loss, ppl = f"{r['loss']:.4f}", _ppl(r['perplexity'])
-    news = f"✓ New best checkpoint saved (val_loss: {loss}, val_ppl: {ppl})" if r['best'] else f"No improvement for {r['no_improvement']} {unit}"
+    news = f"No improvement for {r['no_improvement']} {unit}"
+    if r['best']: news = f"✓ New best checkpoint saved (val_loss: {loss}, val_ppl: {ppl})"
     return '\n  '.join([_place(r, epochs),
         f"Train Loss: {r['train_loss']:.4f} | Train PPL: {_ppl(perplexity(r['train_loss']))}",
         f"Val Loss:   {loss} | Val PPL:   {ppl}",
@@ -76,7 +77,7 @@ class Redrawn:
         if self.handle: self.handle.update(data, raw=True)
         else: self.handle = display(data, raw=True, display_id=True)
 
-# %% ../nbs/07_monitor.ipynb #132d79be
+# %% ../nbs/07_monitor.ipynb #97b87413
 class _Line:
     "Enough of a file for tqdm: hands each line it draws to `show`"
     def __init__(self, show): self.show = show
@@ -87,8 +88,8 @@ def _bar(total, done):
     "A progress bar that suits the place"
     from tqdm import tqdm
     class Bar(tqdm): monitor_interval = 0  # no thread of its own
-    place = dict(dynamic_ncols=True)
-    if in_notebook(): place = dict(file=_Line(lambda line, out=Redrawn(): out({'text/plain': line})), ncols=100, ascii=False, mininterval=.5)
+    place, output = dict(dynamic_ncols=True), Redrawn()
+    if in_notebook(): place = dict(file=_Line(lambda line: output({'text/plain': line})), ncols=100, ascii=False, mininterval=.5)
     elif not sys.stderr.isatty(): place = dict(file=_Line(aside), ncols=100, mininterval=60, delay=60)
     return Bar(total=total, initial=done, miniters=1, smoothing=0, leave=in_notebook(), **place,
                bar_format='{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]')
@@ -182,7 +183,7 @@ def save_curve(
     "Write the figure of `draw` as a PNG, whole or not at all"
     write_bytes(path, figure_png(draw(history), dpi=150))
 
-# %% ../nbs/07_monitor.ipynb #5e8a945b
+# %% ../nbs/07_monitor.ipynb #f0bc32d2
 class LiveFigure:
     "The curve, redrawn in place while the run goes on"
     def __init__(self,
@@ -190,8 +191,8 @@ class LiveFigure:
         every:float=.5, # seconds between redraws, at least
     ):
         self.show, self.every, self.begun = show, every, time.monotonic()
-        self.next, self.stale, self.fig = 0., None, None
-        if show is None and in_notebook(): self.show = lambda png, out=Redrawn(): out({'image/png': png})
+        self.next, self.stale, self.fig, output = 0., None, None, Redrawn()
+        if show is None and in_notebook(): self.show = lambda png: output({'image/png': png})
 
     def __call__(self, record:dict, history:History):
         "Draw if enough time has passed, and at the end"
