@@ -156,7 +156,7 @@ def _verified(path, cap, unverified):
         if hashlib.sha256(data).digest() != want: raise DamagedFile(f"{path} is damaged: its bytes do not match its checksum; use another checkpoint of the run")
         return data
 
-# %% ../nbs/07a_archive.ipynb #f1fbe0fb
+# %% ../nbs/07a_archive.ipynb #736c42d3
 _STORAGES = ('Float', 'Double', 'Half', 'BFloat16', 'Long', 'Int', 'Short', 'Char', 'Byte', 'Bool')
 _NAMES = {'collections OrderedDict', 'torch._utils _rebuild_tensor_v2', *(f"torch {s}Storage" for s in _STORAGES)}
 _CALLS = {'STACK_GLOBAL', 'INST', 'OBJ', 'NEWOBJ', 'NEWOBJ_EX', 'EXT1', 'EXT2', 'EXT4', 'BYTEARRAY8', 'PERSID'}  # ways to name or make things
@@ -172,8 +172,9 @@ def _inspect(data):
         if len(pickles) != 1: raise _Foreign(f"{len(pickles)} pickles")
         for op, arg, _ in pickletools.genops(z.read(pickles[0])):
             if op.name in _CALLS or op.name == 'GLOBAL' and arg not in _NAMES: raise _Foreign(f"the name {str(arg)[:60]!r}")
+            if op.name == 'PROTO' and arg != 2: raise _Foreign(f"a pickle of protocol {arg}")
 
-# %% ../nbs/07a_archive.ipynb #06416b25
+# %% ../nbs/07a_archive.ipynb #c6c5d758
 def load_object(
     path,                  # a file written by `save_object`
     cap:int|None=None,     # bytes; larger files are refused unread; by default half of this machine's memory
@@ -189,7 +190,7 @@ def load_object(
     except UserError: raise
     except PermissionError: raise UserError(f"{path} may not be read by this user; change its permissions") from None
     except MemoryError: raise UserError(f"{path} does not fit in memory; load it on a larger machine") from None
-    except _Foreign as e: raise DamagedFile(f"{path} is refused, for it holds {e}, which no checkpoint does; use another one") from None
+    except _Foreign as e: raise DamagedFile(f"{path} is refused, for it holds {e}, which no checkpoint of ours does; use another one") from None
     except OSError as e: raise DamagedFile(f"{path} cannot be read ({e.strerror or e}); use another checkpoint of the run") from e
     except Exception as e: raise DamagedFile(f"{path} is not an archive of tensors ({type(e).__name__}); use another checkpoint of the run") from e
 

@@ -45,7 +45,7 @@ def _finite(state, where):
     for name, t in state.items():
         if not t.isfinite().all(): raise UserError(f"{name} of {where} holds numbers that are not finite, so it is not kept or used; go back to an earlier checkpoint")
 
-# %% ../nbs/08_checkpoint.ipynb #9c855c46
+# %% ../nbs/08_checkpoint.ipynb #c17323ca
 def checkpoint_file(
     path, # a checkpoint, or a run folder, which stands for its best one
 )->Path:
@@ -54,7 +54,8 @@ def checkpoint_file(
     if path.is_dir(): path = next((p for p in (path/'checkpoint.pt', path/'model.pt') if p.is_file()), path/'best'/'checkpoint.pt')
     if path.is_file(): return path
     run = next((p for p in list(path.parents)[:2] if p.is_dir()), None)
-    there = sorted(p.relative_to(run).as_posix() for n in ('*.pt', '*/*.pt') for p in run.glob(n) if p.parent.name != 'last') if run else []
+    there = sorted(p.relative_to(run).as_posix() for n in ('*.pt', '*/*.pt') for p in run.glob(n)) if run else []
+    there = [n for n in there if not n.startswith(('last/', '.'))]  # resume states and leftovers are not for people
     hint = f"{run} holds {', '.join(there[:8])}{' ...' if len(there) > 8 else ''}" if there else "train one with `continual-llm pretrain`"
     raise UserError(f"no checkpoint at {path}; {hint}")
 
@@ -88,14 +89,16 @@ def _check_form(c, path):
     if (m := re.fullmatch(r'epoch_(\d+)', path.absolute().parent.name)) and int(m[1]) != c['epoch']:
         raise DamagedFile(f"{path} holds epoch {c['epoch']}, so files were exchanged; move it to epoch_{c['epoch']}/ or use another one")
 
-# %% ../nbs/08_checkpoint.ipynb #c0042795
+# %% ../nbs/08_checkpoint.ipynb #ac7ce3ab
 @contextlib.contextmanager
-def _beside(folder):
-    "A temporary folder in the run's own"
+def _beside(folder, name):
+    "A place for a file in a temporary folder in the run's own"
     make_folder(folder)
-    temp = Path(tempfile.mkdtemp(dir=folder, prefix='.saving-'))
-    try: yield temp
-    finally: shutil.rmtree(temp, ignore_errors=True)
+    temp = tempfile.mkdtemp(dir=folder, prefix='.saving-')
+    try: yield Path(temp, name)
+    finally:
+        with contextlib.suppress(OSError): os.unlink(Path(temp, name))  # gone already if it was renamed
+        with contextlib.suppress(OSError): os.rmdir(temp)
 
 def _commit(new, target):
     "Rename a finished file into its place, and wait until the disk knows"
@@ -109,19 +112,18 @@ def _commit(new, target):
 
 def _put(folder, obj, target):
     "Write, sync and rename one file of a run"
-    with _beside(folder) as temp:
-        with open(temp/target.name, 'wb') as f:
+    with _beside(folder, target.name) as new:
+        with open(new, 'wb') as f:
             write_archive(obj, f)
             f.flush()
             os.fsync(f.fileno())
-        sync_folder(temp)
-        _commit(temp/target.name, target)
+        sync_folder(new.parent)
+        _commit(new, target)
 
-# %% ../nbs/08_checkpoint.ipynb #066a1cd5
+# %% ../nbs/08_checkpoint.ipynb #5fc7664c
 def _link(folder, source, target):
     "Give a file of a run a second name"
-    with _beside(folder) as temp:
-        new = temp/target.name
+    with _beside(folder, target.name) as new:
         try: os.link(source, new)
         except OSError: _copy_file(source, new)
         _commit(new, target)
