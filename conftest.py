@@ -3,7 +3,7 @@ import os, traceback
 import pytest
 
 os.environ.setdefault('MPLBACKEND', 'agg')
-os.environ.setdefault('OMP_NUM_THREADS', str(os.cpu_count() or 1))
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # the tests' models are tiny: a second thread would only wait
 
 
 def pytest_collect_file(parent, file_path):

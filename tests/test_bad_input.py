@@ -5,7 +5,7 @@ from pathlib import Path
 from unittest.mock import patch
 import pytest
 import torch
-from continual_llm.checkpoint import load_object, save_object
+from continual_llm.archive import load_object, save_object
 from continual_llm.cli import main
 
 WORDS = 'cat dog hen fox owl cow mat log hill road roof farm'.split()

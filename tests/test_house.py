@@ -147,3 +147,10 @@ def test_importing_train_is_light():
 def test_readme_has_the_two_commands():
     readme = (ROOT/'README.md').read_text(encoding='utf-8')
     assert re.search(r'^pip install .*&& continual-llm pretrain$', readme, re.M) and re.search(r'^pip install .*&& pytest$', readme, re.M)
+
+
+def test_readme_is_the_home_page():
+    from tests.readme import PICTURES, readme
+    text, pictures = readme()
+    assert (ROOT/'README.md').read_text(encoding='utf-8') == text, 'README.md is not what nbs/index.ipynb says: run python -m tests.readme'
+    assert pictures and {p.name: p.read_bytes() for p in (ROOT/PICTURES).glob('*.png')} == pictures

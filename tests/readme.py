@@ -1,0 +1,59 @@
+"""README.md from nbs/index.ipynb, the way the documentation build does it, for machines without Quarto
+
+    python -m tests.readme          # write README.md and its pictures
+"""
+import base64, json, re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PICTURES = 'index_files/figure-commonmark'
+
+
+def _output(o, name, pictures):
+    "One output of a cell as Markdown, its picture kept aside"
+    data = o.get('data', {})
+    if 'image/png' in data:
+        pictures[f'{name}.png'] = base64.b64decode(data['image/png'])
+        return f'{PICTURES}/{name}.png'
+    if o['output_type'] == 'stream' and o['name'] != 'stdout': return ''
+    text = ''.join(o.get('text') or data.get('text/plain', '')).rstrip('\n')
+    return '\n'.join('    ' + line for line in text.split('\n')) if text else ''
+
+
+def _directives(source):
+    "The `#|` lines of a cell as a dictionary, and the rest of it"
+    lines = source.split('\n')
+    n = next((i for i, line in enumerate(lines) if not line.startswith('#|')), len(lines))
+    found = dict((m[1], (m[2] or '').strip(' "')) for line in lines[:n] if (m := re.match(r'#\|\s*([\w-]+):?\s*(.*)', line)))
+    return found, '\n'.join(lines[n:]).strip('\n')
+
+
+def _code(cell, n, pictures):
+    said, source = _directives(''.join(cell['source']))
+    if 'hide' in said or not source: return []
+    parts = [f'``` python\n{source}\n```']
+    for i, o in enumerate(cell['outputs']):
+        text = _output(o, f'cell-{n}-output-{i+1}', pictures)
+        if text.endswith('.png'): text = f"![{said.get('fig-alt', '')}]({text})\n\n*{said.get('fig-cap', '')}*"
+        if text: parts.append(text)
+    return parts
+
+
+def readme():
+    "The text of README.md, and its pictures by name"
+    cells, pictures, parts = json.loads((ROOT/'nbs'/'index.ipynb').read_text(encoding='utf-8'))['cells'], {}, []
+    for n, cell in enumerate(cells, 1):
+        if cell['cell_type'] == 'code': parts += _code(cell, n, pictures)
+        else: parts.append(''.join(cell['source']).strip('\n'))
+    return '\n\n'.join(parts) + '\n', pictures
+
+
+def write():
+    text, pictures = readme()
+    (ROOT/PICTURES).mkdir(parents=True, exist_ok=True)
+    for old in (ROOT/PICTURES).glob('*.png'): old.unlink()
+    for name, png in pictures.items(): (ROOT/PICTURES/name).write_bytes(png)
+    (ROOT/'README.md').write_text(text, encoding='utf-8')
+
+
+if __name__ == '__main__': write()
