@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'ModelConfig', 'model_config', 'FeedForward', 'Block', 'ContinualLLM']
 
-# %% ../nbs/04_model.ipynb #8c301da4
+# %% ../nbs/04_model.ipynb #c0cacb3b
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 import torch
@@ -13,49 +13,53 @@ import torch.nn.functional as F
 from torch import nn
 from .attention import Attention, rotary_table
 from .core import UserError, in_range, nearest, one_of
+from .ops import Dropout, next_token_nats
 
-# %% ../nbs/04_model.ipynb #3ef27dcc
+# %% ../nbs/04_model.ipynb #6a4ccd06
 @dataclass(frozen=True)
 class ModelConfig:
     "Shape of the transformer"
-    vocab_size:int=8000         # pieces of the tokenizer
-    d_model:int=256             # width of the stream between the layers
-    n_layers:int=6              # blocks
-    n_heads:int=8               # query heads
-    n_kv_heads:int=2            # key/value heads, each serving `n_heads // n_kv_heads` query heads
-    head_dim:int=None           # width of a head, even; by default `d_model // n_heads`
-    d_ff:int=768                # width inside the feed-forward part
-    max_seq_len:int=256         # tokens the model can see at once
-    dropout:float=0.            # share of the embeddings and of each part's output dropped in training
-    attn_dropout:float=0.       # share of the attention weights dropped in training; slow on CPU
-    rope_theta:float=10_000.    # base of the rotary wavelengths
-    norm_eps:float=1e-5         # keeps the norms' division finite
-    tie_embeddings:bool=True    # one matrix for reading and for predicting tokens?
-    qk_norm:bool=False          # norm on each query and key head, as Qwen3 has it?
+    vocab_size:int=8000       # pieces of the tokenizer
+    d_model:int=256           # width of the stream between layers
+    n_layers:int=6            # layers, each attention and feed-forward
+    n_heads:int=8             # query heads
+    n_kv_heads:int=2          # key/value heads, each serving `n_heads // n_kv_heads` query heads
+    head_dim:int=None         # width of a head, even; by default `d_model // n_heads`
+    d_ff:int=768              # inner width of the feed-forward part
+    max_seq_len:int=256       # tokens seen at once
+    dropout:float=0.          # share of the embeddings and of what each part adds, dropped in training
+    attn_dropout:float=0.     # share of the attention weights dropped in training; slow on a CPU
+    rope_theta:float=10_000.  # base of the rotary wavelengths
+    norm_eps:float=1e-5       # keeps the norms' division finite
+    tie_embeddings:bool=True  # one matrix for reading and predicting pieces
+    qk_norm:bool=False        # norm of each query and key head, as in Qwen3
 
     def __post_init__(self):
         for name in ('vocab_size', 'd_model', 'n_layers', 'n_heads', 'n_kv_heads', 'd_ff', 'max_seq_len'):
             in_range(name, getattr(self, name), 1, whole=True)
         for name in ('dropout', 'attn_dropout'): in_range(name, getattr(self, name), 0, 1, '[)', hint='0 turns it off')
-        for name, most in (('rope_theta', 1e12), ('norm_eps', 1)): in_range(name, getattr(self, name), 0, most, '()')
+        in_range('rope_theta', self.rope_theta, 1, 1e12, hint='10000 is usual')
+        in_range('norm_eps', self.norm_eps, 0, 1, '()', hint='0.00001 is usual')
         for name in ('tie_embeddings', 'qk_norm'):
             if not isinstance(getattr(self, name), bool): raise UserError(f"{name}={getattr(self, name)!r} is neither true nor false")
         self._check_heads()
 
     def _check_heads(self):
+        "Heads must share evenly, and a head's numbers pair up"
         H, K = self.n_heads, self.n_kv_heads
         if H % K:
             fit = max(k for k in range(1, min(H, K) + 1) if H % k == 0)
-            raise UserError(f"n_heads={H} is not a multiple of n_kv_heads={K}; with {H} query heads n_kv_heads={fit} would do")
-        if self.head_dim is None:
-            if self.d_model % H:
-                raise UserError(f"d_model={self.d_model} does not divide into n_heads={H}; take d_model={self.d_model//H*H or H}, or give head_dim")
-            object.__setattr__(self, 'head_dim', self.d_model // H)
-        in_range('head_dim', self.head_dim, 1, whole=True)
-        if self.head_dim % 2: raise UserError(f"head_dim={self.head_dim} is odd and rotary positions turn pairs; take {self.head_dim+1}")
+            raise UserError(f"n_heads={H} is not a multiple of n_kv_heads={K}; n_kv_heads={fit} would do")
+        if self.head_dim is None and self.d_model % H:
+            near = max(self.d_model//H, 2)*H
+            raise UserError(f"d_model={self.d_model} does not divide among n_heads={H}; take d_model={near}, or give head_dim")
+        if self.head_dim is None: object.__setattr__(self, 'head_dim', self.d_model//H)
+        in_range('head_dim', self.head_dim, 2, whole=True)
+        if self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim} is odd and rotary positions turn pairs; give an even one such as {self.head_dim+1}")
 
     def to_dict(self)->dict:
-        "Plain values, from which `ModelConfig(**values)` is the same config"
+        "Plain values; `ModelConfig(**values)` is this config again"
         return asdict(self)
 
 # %% ../nbs/04_model.ipynb #2626e266
@@ -65,68 +69,79 @@ PRESETS = dict(
     medium=dict(d_model=768, n_layers=12, n_heads=12, n_kv_heads=3, d_ff=3072, max_seq_len=1024),
     large=dict(d_model=1024, n_layers=24, n_heads=16, n_kv_heads=4, d_ff=4096, max_seq_len=2048))
 
-# %% ../nbs/04_model.ipynb #a2beed97
+# %% ../nbs/04_model.ipynb #976d2a7f
+def _plain_pairs(path, text):
+    "Names and values as written, with their lines; anything else in the file is refused before it is built"
+    import yaml
+    opened, found = 0, []
+    for e in yaml.parse(text, Loader=yaml.SafeLoader):
+        where = f"{path}, line {e.start_mark.line + 1}"
+        if getattr(e, 'anchor', None) or getattr(e, 'tag', None):
+            raise UserError(f"{where}: anchors, aliases and tags are not read; write the plain value")
+        if isinstance(e, (yaml.DocumentStartEvent, yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+            if opened == 2 or not isinstance(e, (yaml.DocumentStartEvent, yaml.MappingStartEvent)[opened]):
+                raise UserError(f"{where}: give one `name: value` to a line; no lists, nesting or second document")
+            opened += 1
+        if isinstance(e, yaml.ScalarEvent):
+            if opened < 2 and e.value: raise UserError(f"{where}: {e.value[:40]!r} is not `name: value`")
+            if opened == 2: found.append((where, e.value, e.style is None))
+    if not found: raise UserError(f"{path} is empty; give lines such as `d_model: 256`")
+    return list(zip(found[::2], found[1::2]))
+
+def _check_pairs(pairs, values):
+    "Refuse a name given twice, and a number that YAML reads otherwise than people do"
+    names = set()
+    for (where, name, _), (_, said, plain) in pairs:
+        if name in names: raise UserError(f"{where}: {name} is given twice; keep one")
+        names.add(name)
+        digits, value = said.lstrip('+-'), values.get(name)
+        number = plain and isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and (':' in digits or digits[0] == '0' and digits[1:2].isalnum()):  # 1:30 is 90, and 012 is 10
+            raise UserError(f"{where}: YAML reads {name}={said} as {value}; write a plain decimal number")
+
 def _read_yaml(path):
-    "A flat YAML file of names and plain values; anything else is refused before it is built"
+    "The fields in a YAML file"
     import yaml
-    data = path.read_bytes() if path.stat().st_size <= 65536 else None
-    if data is None: raise UserError(f"{path} has {path.stat().st_size} bytes; a model's YAML file is a dozen lines")
     try:
-        text = data.decode('utf-8-sig')
-        _check_flat(path, list(yaml.parse(text, Loader=yaml.SafeLoader)))
-        return yaml.safe_load(text)
+        size = path.stat().st_size
+        if size > 65536: raise UserError(f"{path} has {size:,} bytes; a model's config is a dozen short lines")
+        text = path.read_bytes().decode('utf-8-sig')
+        pairs, values = _plain_pairs(path, text), yaml.safe_load(text)
+        _check_pairs(pairs, values)
+        return values
     except UserError: raise
-    except (yaml.YAMLError, ValueError, RecursionError) as e: raise UserError(f"{path} is not a YAML file of `name: value` lines ({e})") from None
+    except (OSError, ValueError, yaml.YAMLError) as e: raise UserError(f"{path} is not a YAML file of `name: value` lines ({e})") from None
 
-def _check_flat(path, events):
-    "Refuse nesting, lists, aliases, tags, repeated keys and octal-looking numbers"
-    import yaml
-    start, *body = [e for e in events if not isinstance(e, (yaml.StreamStartEvent, yaml.StreamEndEvent, yaml.DocumentEndEvent))] or [None]
-    where = lambda e: f"{path}, line {e.start_mark.line + 1}"
-    if not body or isinstance(body[0], yaml.ScalarEvent) and not body[0].value: raise UserError(f"{path} is empty; give `name: value` lines such as `d_model: 256`")
-    if not isinstance(body[0], yaml.MappingStartEvent): raise UserError(f"{where(body[0])}: expected `name: value` lines such as `d_model: 256`")
-    for e in body[1:]:
-        if isinstance(e, yaml.AliasEvent) or getattr(e, 'anchor', None): raise UserError(f"{where(e)}: aliases are not allowed; write the value out")
-        if getattr(e, 'tag', None): raise UserError(f"{where(e)}: the tag {e.tag} is not allowed; write a plain value")
-        if not isinstance(e, (yaml.ScalarEvent, yaml.MappingEndEvent)): raise UserError(f"{where(e)}: every value is a single number or word; lists, nesting and a second document are not allowed")
-    scalars, seen = [e for e in body if isinstance(e, yaml.ScalarEvent)], set()
-    for key, value in zip(scalars[::2], scalars[1::2]):
-        if key.value in seen: raise UserError(f"{where(key)}: {key.value} is given twice; keep one")
-        seen.add(key.value)
-        if value.style is None and value.value.lstrip('+-').startswith('0') and value.value.lstrip('+-')[1:2].isalnum():
-            raise UserError(f"{where(value)}: {key.value}={value.value} is not a plain decimal number; write it without the leading 0")
-
-def _refuse_unknown(values, where):
-    names = [f.name for f in fields(ModelConfig)]
-    for name in values:
-        if name not in names: raise UserError(f"{where}: {name!r} is not a field of the model{nearest(name, names)}; the fields are {', '.join(names)}")
-
-# %% ../nbs/04_model.ipynb #173e6cba
+# %% ../nbs/04_model.ipynb #fb87a234
 def model_config(
-    config='tiny', # a preset's name, the path of a YAML file, a dict of fields or a `ModelConfig`
-    **overrides,   # fields to set otherwise; None leaves one as it is, an unknown name is refused
+    config='tiny', # a preset's name, the path of a YAML file, a dict of fields, or a `ModelConfig`
+    **overrides,   # fields to set otherwise; None leaves a field as it is, an unknown name is refused
 )->ModelConfig:
-    "The config that was meant, checked"
-    if isinstance(config, ModelConfig): values, where = config.to_dict(), 'config'
-    elif isinstance(config, dict): values, where = config, 'config'
-    elif str(config) in PRESETS: values, where = PRESETS[str(config)], 'config'
-    else: values, where = _from_file(config), str(config)
-    _refuse_unknown(values, where)
-    _refuse_unknown(overrides, 'overrides')
+    "The config that is meant, checked"
+    where = 'config' if isinstance(config, (dict, ModelConfig)) or str(config) in PRESETS else str(config)
+    if isinstance(config, ModelConfig): values = config.to_dict()
+    elif isinstance(config, dict): values = config
+    else: values = PRESETS.get(str(config)) or _from_file(config)
+    known = [f.name for f in fields(ModelConfig)]
+    for name in [*values, *overrides]:
+        if name not in known:
+            raise UserError(f"{where}: {name!r} is not a field of the model{nearest(name, known)}; the fields are {', '.join(known)}")
     try: return ModelConfig(**{**values, **{k: v for k, v in overrides.items() if v is not None}})
     except UserError as e: raise UserError(f"{where}: {e}") from None
 
 def _from_file(config):
+    "What a YAML file says, or a hint at the preset that was meant"
     path = Path(str(config))
     if path.is_file(): return _read_yaml(path)
-    if path.suffix in ('.yaml', '.yml') or len(path.parts) > 1: raise UserError(f"no model config at {path}; give a YAML file or a preset: {', '.join(PRESETS)}")
-    one_of('config', str(config), PRESETS)
+    if path.suffix in ('.yaml', '.yml') or len(path.parts) > 1:
+        raise UserError(f"no model config at {path}; give a YAML file, or one of the presets {', '.join(PRESETS)}")
+    return one_of('config', str(config), PRESETS)
 
-# %% ../nbs/04_model.ipynb #08540ddb
+# %% ../nbs/04_model.ipynb #8a82b620
 class FeedForward(nn.Module):
-    "SwiGLU (Shazeer 2020): one half of the inner width gates the other"
+    "SwiGLU: one half of the inner width gates the other (Shazeer 2020)"
     def __init__(self,
-        config:ModelConfig,
+        config:ModelConfig, # the shape
     ):
         super().__init__()
         self.gate_up = nn.Linear(config.d_model, 2*config.d_ff, bias=False)  # rows: gate, then up
@@ -140,97 +155,105 @@ class FeedForward(nn.Module):
         return self.down(F.silu(gate)*up)
 
 class Block(nn.Module):
-    "Attention, then feed-forward, each on a normed copy and added back to the stream"
+    "One layer: attention, then feed-forward, each reading a normed copy and adding to the stream"
     def __init__(self,
-        config:ModelConfig,
+        config:ModelConfig, # the shape
     ):
         super().__init__()
-        self.attn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attn_norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.attn = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mlp_norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.mlp = FeedForward(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
     def forward(self,
-        x:torch.Tensor, # (B,T,d_model)
-        *place,         # what `Attention.forward` takes beside `x`
-    )->torch.Tensor:    # (B,T,d_model)
-        "One layer"
-        x = x + self.drop(self.attn(self.attn_norm(x), *place))
+        x:torch.Tensor,    # (B,T,d_model)
+        cos:torch.Tensor,  # rotary table at these positions
+        sin:torch.Tensor,  # as `cos`
+        cache=None,        # a `KVCache` opened for these tokens
+        layer:int=0,       # this layer's place in it
+        mask=None,         # the mask it gave
+    )->torch.Tensor:       # (B,T,d_model)
+        "Read, add, read, add"
+        x = x + self.drop(self.attn(self.attn_norm(x), cos, sin, cache, layer, mask))
         return x + self.drop(self.mlp(self.mlp_norm(x)))
 
-# %% ../nbs/04_model.ipynb #b9749a75
+# %% ../nbs/04_model.ipynb #0bc72bac
 class ContinualLLM(nn.Module):
-    "Decoder-only transformer: Llama with the defaults, Qwen3 with `qk_norm`"
+    "Decoder-only transformer: Llama with the defaults (Touvron et al. 2023), Qwen3 with `qk_norm`"
     def __init__(self,
         config:ModelConfig, # its shape
     ):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.drop = Dropout(config.dropout)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layers)])
+        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        cos, sin = rotary_table(config.head_dim, config.max_seq_len, config.rope_theta)
-        self.register_buffer('cos', cos[:, None], persistent=False)  # (max_seq_len,1,D/2), the 1 for the heads
-        self.register_buffer('sin', sin[:, None], persistent=False)
+        self._make_tables()
         self.init_weights()
 
+    def _make_tables(self):
+        "Rotary tables, each (max_seq_len,1,D), the 1 standing for the heads; not saved, since the config gives them"
+        for name, table in zip(('cos', 'sin'), rotary_table(self.config.head_dim, self.config.max_seq_len, self.config.rope_theta)):
+            self.register_buffer(name, table[:, None], persistent=False)
+
     def init_weights(self):
-        "Normal with deviation 0.02, smaller by sqrt(2 n_layers) where a part writes into the stream (GPT-2, Radford et al. 2019)"
+        "Fresh weights from torch's generator: deviation 0.02, divided by sqrt(2 n_layers) in `out` and `down` (GPT-2)"
         for name, p in self.named_parameters():
-            if p.ndim == 1: nn.init.ones_(p)
+            if p.ndim < 2: nn.init.ones_(p)
             else: nn.init.normal_(p, std=.02 / ((2*self.config.n_layers)**.5 if name.endswith(('out.weight', 'down.weight')) else 1))
 
     def hidden(self,
         ids:torch.Tensor, # (B,T) token ids
-        cache=None,       # a `KVCache`; the tokens stand after those it holds, and the caller advances it
+        cache=None,       # a `KVCache` that the ids go on from; the caller advances it afterwards
     )->torch.Tensor:      # (B,T,d_model)
-        "What the last layer knows at each token; `logits` turns it into a prediction"
-        T = ids.shape[1]
-        if T > self.config.max_seq_len:
-            raise UserError(f"{T} tokens are more than the model's max_seq_len={self.config.max_seq_len}; give it fewer at a time")
-        if cache is None: place, rest = slice(T), ()
-        else:
-            cache.room(T)
-            place, mask = cache.positions(T), cache.mask(T)
-        cos, sin = self.cos[place], self.sin[place]
-        x = self.drop(self.embed(ids))
-        for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, *(() if cache is None else (cache, i, mask)))
+        "What the model knows at each token"
+        T = ids.shape[-1]
+        if ids.ndim != 2 or T > self.config.max_seq_len:
+            most = self.config.max_seq_len
+            raise UserError(f"ids of shape {tuple(ids.shape)} are not (texts, tokens) with at most max_seq_len={most} tokens")
+        place, mask = (slice(T), None) if cache is None else cache.open(T)
+        x, cos, sin = self.drop(self.embed(ids)), self.cos[place], self.sin[place]
+        for i, block in enumerate(self.blocks): x = block(x, cos, sin, cache, i, mask)
         return self.norm(x)
+
+    @property
+    def out_weight(self)->torch.Tensor:
+        "The matrix (V,d_model) that predicts pieces"
+        return self.embed.weight if self.head is None else self.head.weight
 
     def logits(self,
         hidden:torch.Tensor, # (..., d_model)
-    )->torch.Tensor:         # (..., vocab_size)
-        "Scores of every piece for the next token"
-        return F.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
+    )->torch.Tensor:         # (..., V)
+        "A score for every piece to come next"
+        return F.linear(hidden, self.out_weight)
 
     def forward(self,
         ids:torch.Tensor,          # (B,T) token ids
-        cache=None,                # a `KVCache` to read from and append to; the caller advances it
-        targets:torch.Tensor=None, # (B,T) the token after each; gives the loss in place of the logits
-        reduction:str='mean',      # of the loss: `mean` or `sum` over tokens, or `none`
-    )->torch.Tensor:               # logits (B,T,V), or nats: a number, or (B,T) with `none`
-        "Scores of the next token at every place, or their loss"
+        cache=None,                # a `KVCache` that the ids go on from; the caller advances it afterwards
+        targets:torch.Tensor=None, # (B,T) the token after each id
+        reduction:str='mean',      # of the targets' nats: `mean` or `sum` over tokens, or `none`
+    )->torch.Tensor:               # (B,T,V) scores; with targets their nats, a number, or (B,T) with `none`
+        "Scores of the next token everywhere, or the loss"
         h = self.hidden(ids, cache)
-        if targets is None: return self.logits(h)
-        nats = F.cross_entropy(self.logits(h).flatten(0, 1).float(), targets.flatten(), reduction=reduction)
-        return nats.view_as(targets) if reduction == 'none' else nats
+        return self.logits(h) if targets is None else next_token_nats(h, self.out_weight, targets, reduction)
 
     def n_params(self,
-        embeddings:bool=True, # count the token embeddings and the head?
+        embeddings:bool=True, # count the tables of pieces too?
     )->int:
-        "Number of trained weights"
-        outer = () if embeddings else ('embed.', 'head.')
-        return sum(p.numel() for n, p in self.named_parameters() if not n.startswith(outer))
+        "How many numbers are trained"
+        return sum(p.numel() for n, p in self.named_parameters() if embeddings or not n.startswith(('embed.', 'head.')))
 
     @classmethod
     def from_checkpoint(cls,
         checkpoint:dict, # with `config` and `model_state_dict`
-    )->'ContinualLLM':
-        "The model a checkpoint holds, in evaluation mode"
-        model = cls(model_config(checkpoint['config']))
-        model.load_state_dict(checkpoint['model_state_dict'])
+    )->'ContinualLLM':   # in fp32, ready for use (`eval`), with weights of its own
+        "The model that a checkpoint holds"
+        with torch.device('meta'): model = cls(model_config(checkpoint['config']))  # no time spent on fresh weights
+        state = {k: v.to(torch.float32, copy=True) for k, v in checkpoint['model_state_dict'].items()}
+        try: model.load_state_dict(state, assign=True)
+        except RuntimeError as e: raise UserError(f"the checkpoint's weights do not fit its config: {e}") from None
+        model._make_tables()
         return model.eval()
