@@ -39,15 +39,15 @@ def _refuse(path, n, what, command=''):
 def _open(path):
     return gzip.open(path, 'rb') if Path(path).suffix.lower() == '.gz' else open(path, 'rb')
 
-# %% ../nbs/00a_source.ipynb #8c9c4045
+# %% ../nbs/00a_source.ipynb #80087e8c
 def _raw_lines(path, longest=LONGEST):
     "Pairs (number from 1, bytes) of the lines of a file, compressed or not"
-    n = 0
+    n, mend = 0, 'fold -s -w 2000 {} > NEW.txt' if longest == LONGEST else ''
     try:
         with _open(path) as f:
             while line := f.readline(longest+1):
                 n += 1
-                if len(line) > longest: _refuse(path, n, f"longer than {longest >> 20} MiB; break it into lines", 'fold -s -w 2000 {} > NEW.txt')
+                if len(line) > longest: _refuse(path, n, f"longer than {longest >> 20} MiB; break it up", mend)
                 yield n, line
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise UserError(f"{path} is not whole gzip data ({e}, after line {n}); make it or fetch it again") from None
@@ -80,7 +80,7 @@ def _split(text):
     lines = list(io.StringIO(text, newline='\n'))
     for i, line in enumerate(lines): yield line, i == len(lines)-1
 
-# %% ../nbs/00a_source.ipynb #3cc3e4ad
+# %% ../nbs/00a_source.ipynb #7ebf077b
 def _jsonl(path, field):
     "Pairs (line, is it the last of its record?) of a field of the records of a file"
     for n, line in _raw_lines(path, LONGEST_RECORD):
@@ -96,11 +96,12 @@ def _field(path, n, record, field):
                 else 'not a record with named fields, such as {"text": "..."}')
     text = record[field]
     if not isinstance(text, str): _refuse(path, n, f"field {field!r} holds {str(text)[:40]!r}, not text; name a field that holds text with `field`")
-    if '\0' in text: _refuse(path, n, f"field {field!r} holds a NUL character; remove it where the file is made")
+    way = '; mend it where the file is made'
+    if '\0' in text: _refuse(path, n, f"field {field!r} holds a NUL character{way}")
     for line, last in _split(text):
         try: size = len(line.encode())
-        except UnicodeEncodeError as e: _refuse(path, n, f"field {field!r} holds {line[e.start]!r}, half of a character; mend it where the file is made")
-        if size > LONGEST: _refuse(path, n, f"field {field!r} holds a line longer than {LONGEST >> 20} MiB; break it into lines where the file is made")
+        except UnicodeEncodeError as e: _refuse(path, n, f"field {field!r} holds {line[e.start]!r}, half of a character{way}")
+        if size > LONGEST: _refuse(path, n, f"field {field!r} holds a line longer than {LONGEST >> 20} MiB{way}")
         yield line, last
 
 # %% ../nbs/00a_source.ipynb #5ddb65ff
@@ -122,7 +123,7 @@ def _library():
 def _code(path):
     with tokenize.open(path) as f: return f.read().replace('\0', '')
 
-# %% ../nbs/00a_source.ipynb #9da6b00e
+# %% ../nbs/00a_source.ipynb #866b5115
 def _docstrings(node):
     "Docstrings of a parsed module and of what it defines, in order"
     if doc := ast.get_docstring(node): yield doc
@@ -133,7 +134,8 @@ def _topics():
     "Chapters of the language reference, as `help()` shows them"
     path = Path(sysconfig.get_paths()['stdlib'])/'pydoc_data'/'topics.py'
     if not path.exists(): return []
-    return [v for _, v in sorted(ast.literal_eval(ast.parse(_code(path)).body[-1].value).items())]
+    topics = ast.literal_eval(ast.parse(_code(path)).body[-1].value)
+    return list(dict.fromkeys(text for _, text in sorted(topics.items())))
 
 # %% ../nbs/00a_source.ipynb #e91366a5
 @lru_cache
@@ -149,19 +151,19 @@ def _builtin(name):
             if docs: records.append('\n\n'.join(docs) + '\n')
     return tuple(records)
 
-# %% ../nbs/00a_source.ipynb #fd379055
+# %% ../nbs/00a_source.ipynb #ed7c0928
 def _find(part):
     "Files of one path, folder, pattern or built-in corpus"
-    if isinstance(part, Source): return part.files
     if not isinstance(part, (str, os.PathLike)) or not str(part).strip():
         raise UserError(f"data={part!r} is not a path; give a file, a folder, a pattern such as 'texts/*.txt', or {' or '.join(BUILTIN)}")
     if str(part).startswith('builtin:'): return [one_of('data', str(part), BUILTIN)]
     path = Path(part).expanduser()
     try: return _in_folder(path) if path.is_dir() else _named(path)
-    except OSError as e: raise UserError(f"data={str(part)!r} could not be looked up: {e.strerror or e}") from None
+    except OSError as e: raise UserError(f"data={str(part)!r:.200} could not be looked up: {e.strerror or e}") from None
 
 def _in_folder(path):
-    files = [f for f in sorted(path.rglob('*')) if _unpacked(f).endswith(TEXT_FILES) and f.is_file() and not f.name.startswith('.')]
+    files = [f for f in sorted(path.rglob('*')) if _unpacked(f).endswith(TEXT_FILES) and f.is_file()
+             and not any(part.startswith('.') for part in f.relative_to(path).parts)]
     if files: return files
     raise UserError(f"the folder {path} holds no text ({', '.join(TEXT_FILES)}); name other files with a pattern such as '{path}/**/*.py'")
 
@@ -184,7 +186,7 @@ class Counts:
     bytes:int # in UTF-8, unpacked
     hash:str  # SHA-256 of all texts, and of where files and records end
 
-# %% ../nbs/00a_source.ipynb #6fdb14e2
+# %% ../nbs/00a_source.ipynb #03507602
 @dataclass(frozen=True, repr=False)
 class Source:
     "A body of text: files, or a corpus that comes with Python"
@@ -227,7 +229,9 @@ class Source:
     @property
     def _paths(self): return [f for f in self.files if f not in BUILTIN]
 
-    def __repr__(self): return f"Source({self.name}: {len(self.files)} file{'s'*(len(self.files) != 1)}, {human_bytes(self.n_bytes())})"
+    def __repr__(self):
+        size = f"{human_bytes(sum(os.stat(p).st_size for p in self._paths))} in {len(self._paths)} file{'s'*(len(self._paths) != 1)}"
+        return f"Source({self.name}{': '*bool(self._paths)}{size if self._paths else ''})"
 
 # %% ../nbs/00a_source.ipynb #35205726
 @lru_cache(maxsize=64)
