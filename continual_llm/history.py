@@ -115,18 +115,19 @@ def smooth(
     reach = [min(half, i, n-1-i) for i in range(n)]
     return [sum(ys[i-h:i+h+1]) / (2*h+1) for i, h in enumerate(reach)]
 
-# %% ../nbs/06a_history.ipynb #a0f8aeee
+# %% ../nbs/06a_history.ipynb #0612b958
 def _dress(ax, name):
     "Quiet axes with their names, and the legend above them"
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
     ax.set(xlabel='optimizer step', ylabel=name)
     ax.grid(alpha=.25)
     ax.spines[['top', 'right']].set_visible(False)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     ax.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc='lower left', bbox_to_anchor=(-.03, 1.), ncols=3, frameon=False, fontsize=8.5, handlelength=1.3, columnspacing=1.1)
 
+# %% ../nbs/06a_history.ipynb #09226035
 def _log(ax):
     "A logarithmic axis with numbers a person can read"
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -136,7 +137,7 @@ def _log(ax):
     ax.yaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
-# %% ../nbs/06a_history.ipynb #c913e9fa
+# %% ../nbs/06a_history.ipynb #612adc9b
 BLUE, RED, VIOLET, GREY = '#3b75af', '#d1495b', '#8a5aa8', '#777777'
 DOTS, STAR = dict(marker='o', ms=3.5), dict(marker='*', ms=13, ls='', color=RED, mec='white', zorder=5)
 
@@ -148,6 +149,7 @@ def _train_curves(loss, ppl, rate, history):
     ppl.plot(x, [perplexity(l) for l in smooth(y)], color=BLUE, label='train')
     rate.plot(*thin(steps, history.column('step', 'lr')), color=GREY)
 
+# %% ../nbs/06a_history.ipynb #8ff8f341
 def _eval_curves(loss, ppl, history):
     def points(name): return thin(history.column('eval', 'step'), history.column('eval', name))
     loss.plot(*points('loss'), **DOTS, color=RED, label='validation')

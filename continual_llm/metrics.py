@@ -125,7 +125,7 @@ def new_figure(
     fig._repr_png_ = partial(figure_png, fig)  # what a notebook asks for where pyplot was never imported
     return fig
 
-# %% ../nbs/06_metrics.ipynb #fdfa85a4
+# %% ../nbs/06_metrics.ipynb #9b058ebf
 def draw_matrix(
     R:list,     # as in `average`; scores that were not taken may be missing or not finite
     names:list, # of the domains, in the order in which they are learned
@@ -148,5 +148,5 @@ def draw_matrix(
     ax.set(xlabel='scored on', ylabel='after learning', xticks=range(m), yticks=range(n), xticklabels=names[:m], yticklabels=names[:n])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    fig.colorbar(im, ax=ax, label='change since learned (bits per byte)')
+    fig.colorbar(im, ax=ax, label='change (bits per byte)')
     return fig

@@ -183,7 +183,7 @@ def save_curve(
     "Write the figure of `draw` as a PNG, whole or not at all"
     write_bytes(path, figure_png(draw(history), dpi=150))
 
-# %% ../nbs/07_monitor.ipynb #f0bc32d2
+# %% ../nbs/07_monitor.ipynb #db0d155c
 class LiveFigure:
     "The curve, redrawn in place while the run goes on"
     def __init__(self,
@@ -202,11 +202,12 @@ class LiveFigure:
 
     def redraw(self):
         "Draw now, and say when next"
-        start, history, self.stale = time.monotonic(), self.stale, None
+        history, self.stale = self.stale, None
+        start, rest = time.monotonic(), 10 if self.fig else 1  # the first one takes long, because it loads matplotlib
         self.fig = draw(history, self.fig)
         self.show(figure_png(self.fig))
         now = time.monotonic()
-        self.next = now + max(self.every, 10*(now-start), min((now-self.begun)/100, 10))
+        self.next = now + max(self.every, rest*(now-start), min((now-self.begun)/100, 10))
 
     def close(self):
         "Leave the last state behind"
