@@ -6,7 +6,7 @@ from continual_llm.archive import load_object
 
 WORDS = 'cat dog hen fox owl cow mat log hill road'.split()
 TEXT = '\n'.join(f'the {a} sat on the {b} and saw the {c} .\n' for a in WORDS for b in WORDS for c in WORDS)
-FLAGS = ('--config tiny --epochs 2 --batch_size 2 --grad_accumulation 2 --max_seq_len 32 --learning_rate 3e-3 --warmup_steps 5 --max_steps 90 '
+FLAGS = ('--config tiny --epochs 2 --batch_size 4 --grad_accumulation 2 --max_seq_len 32 --learning_rate 3e-3 --warmup_steps 5 '
          '--eval_every 20 --save_every 7').split()
 
 
