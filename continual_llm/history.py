@@ -127,13 +127,13 @@ def _dress(ax, name):
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc='lower left', bbox_to_anchor=(-.03, 1.), ncols=3, frameon=False, fontsize=8.5, handlelength=1.3, columnspacing=1.1)
 
-# %% ../nbs/06a_history.ipynb #09226035
+# %% ../nbs/06a_history.ipynb #87d32dfa
 def _log(ax):
     "A logarithmic axis with numbers a person can read"
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
     ax.set_yscale('log')
     low, high = ax.get_ylim()
-    ax.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 1000*low else (1, 2, 5) if high > 10*low else (1, 1.5, 2, 3, 4, 6, 8)))
+    ax.yaxis.set_major_locator(MaxNLocator(5) if high < 10*low else LogLocator(subs=(1,) if high > 1000*low else (1, 2, 5)))
     ax.yaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
