@@ -32,17 +32,18 @@ def main():
     p.add_argument('--megabytes', type=float, default=200, help='size of the generated text')
     p.add_argument('--vocab_size', type=int, default=8000)
     args = p.parse_args()
+    imports = peak()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_text(folder/'sample.txt', min(args.megabytes, 5) * 1e6)
         write_text(folder/'text.txt', args.megabytes * 1e6)
         tokenizer = train_tokenizer(folder/'sample.txt', vocab_size=args.vocab_size)
-        before, start = peak(), time.perf_counter()
+        start = time.perf_counter()
         train, val, dropped = prepare_split(Source.of(folder/'text.txt'), tokenizer, .1, cache=folder/'cache')
-        seconds, above = time.perf_counter() - start, peak() - before
+        seconds, above = time.perf_counter() - start, peak() - imports
         print(f"text {human_bytes(train.n_bytes + val.n_bytes)}, {len(train) + len(val):,} tokens, {train.n_docs + val.n_docs:,} documents, "
               f"{human_time(seconds)} ({(train.n_bytes + val.n_bytes)/seconds/1e6:.1f} MB/s)")
-        print(f"peak memory above the imports: {above/1e6:.0f} MB (imports {human_bytes(before)})")
+        print(f"peak memory above the imports: {above/1e6:.0f} MB (imports {human_bytes(imports)})")
 
 
 if __name__ == '__main__': main()

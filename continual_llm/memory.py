@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LONGEST', 'pieces', 'reservoir', 'Domain', 'domains', 'remember']
 
-# %% ../nbs/02c_memory.ipynb #406e69d0
+# %% ../nbs/02c_memory.ipynb #0ce3c5b2
 import os, re, shutil
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from .core import UserError, atomic_file, in_range, numpy_generator, read_json, sync_folder, write_json
-from .data import TokenFile, write_tokens
+from .data import TokenFile, open_tokens, write_tokens
 
 # %% ../nbs/02c_memory.ipynb #ba6ad032
 LONGEST = 8192 # tokens of a document that are kept or left together
@@ -43,7 +43,7 @@ def reservoir(
     begin = spans[order[0],0]
     return np.array([[begin, begin+budget]])
 
-# %% ../nbs/02c_memory.ipynb #3d5c712d
+# %% ../nbs/02c_memory.ipynb #0e4395f8
 @dataclass(frozen=True)
 class Domain:
     "What is remembered of one domain"
@@ -61,11 +61,12 @@ class Domain:
         "Read one domain back, refusing damaged files"
         folder = Path(folder)
         about = read_json(folder/'domain.json', 'domain')
-        try: facts = {k: about[k] for k in ('name', 'number', 'source_hash', 'tokenizer_hash')} | dict(has_val=about['has_val'])
-        except (KeyError, TypeError): raise UserError(f"{folder/'domain.json'} does not describe a domain; it was damaged or is another file") from None
-        val = TokenFile.open(folder/'val.tokens') if facts.pop('has_val') else None
-        return cls(**facts, replay=TokenFile.open(folder/'replay.tokens'), val=val)
+        try: facts, has_val = [about[k] for k in ('name', 'number', 'source_hash', 'tokenizer_hash')], about['has_val']
+        except (KeyError, TypeError):
+            raise UserError(f"{folder/'domain.json'} is not the JSON of a domain; it was damaged or is another file") from None
+        return cls(*facts, open_tokens(folder/'replay.tokens'), open_tokens(folder/'val.tokens') if has_val else None)
 
+# %% ../nbs/02c_memory.ipynb #213c0b81
 def domains(
     folder, # a run's `memory` folder; need not exist
 )->list:    # of `Domain`, in the order of learning
@@ -73,7 +74,7 @@ def domains(
     found = [Domain.load(p.parent) for p in Path(folder).glob('[!.]*/domain.json')]
     return sorted(found, key=lambda d: d.number)
 
-# %% ../nbs/02c_memory.ipynb #9d992867
+# %% ../nbs/02c_memory.ipynb #d12f2959
 def remember(
     train:TokenFile,          # the training side
     val:TokenFile|None,       # the validation side, if there is one
@@ -92,13 +93,13 @@ def remember(
     if old and (old.source_hash, old.tokenizer_hash) == (train.source_hash, train.tokenizer_hash): return old
     if old: raise UserError(f"a domain {name!r} made from other text is already remembered in {folder}; choose another name")
     if known and known[0].tokenizer_hash != train.tokenizer_hash: raise UserError(
-        f"the domains in {folder} were tokenized with {known[0].tokenizer_hash[:12]}, {name!r} with {train.tokenizer_hash[:12]}; use their tokenizer")
+        f"the domains in {folder} have tokenizer {known[0].tokenizer_hash[:12]}, {name!r} has {train.tokenizer_hash[:12]}; use theirs")
     budget = max(1, min(int(share*len(train)), max_bytes // train.ids.itemsize))
     about = dict(name=name, number=len(known), source_hash=train.source_hash, tokenizer_hash=train.tokenizer_hash,
                  source=train.source, share=share, max_bytes=max_bytes, seed=seed, has_val=val is not None)
     return _store(folder/name, about, train, reservoir(pieces(train.doc_starts, len(train)), budget, seed), val)
 
-# %% ../nbs/02c_memory.ipynb #24801922
+# %% ../nbs/02c_memory.ipynb #8917723d
 def _store(place, about, train, kept, val):
     "Write a domain's three files beside its place and rename their folder"
     temp = place.parent/f".{place.name}.{os.getpid()}.tmp"
@@ -112,7 +113,8 @@ def _store(place, about, train, kept, val):
         write_json(temp/'domain.json', about)
         os.rename(temp, place)
         sync_folder(place.parent)
-    except OSError as e: raise UserError(f"cannot write the memory {place} ({e.strerror or e}); make room or correct the folder's permissions") from None
+    except OSError as e:
+        raise UserError(f"cannot write the memory {place} ({e.strerror or e}); make room, or allow writing there") from None
     finally: shutil.rmtree(temp, ignore_errors=True)
     return Domain.load(place)
 

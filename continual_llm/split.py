@@ -14,7 +14,19 @@ from .core import UserError, in_range, numpy_generator
 from .data import chosen_texts, count_bytes, make_tokens, marked_texts, prepare, reuse_tokens, token_place, watched_texts
 from .source import Source
 
-# %% ../nbs/02b_split.ipynb #88f464e2
+# %% ../nbs/02b_split.ipynb #56df7d95
+def _near(starts, units, share):
+    "Do these stretches come near the share, and leave enough for training?"
+    got = (starts[units[:,1]] - starts[units[:,0]]).sum() / starts[-1]
+    return share/2 <= got <= min(2*share, (1+share)/2)
+
+def _closest(sizes, want, rng):
+    "The one unit whose size is nearest to `want`; chance decides among equals"
+    order = rng.permutation(len(sizes))
+    unit = order[np.abs(sizes[order] - want).argmin()]
+    return np.array([[unit, unit+1]])
+
+# %% ../nbs/02b_split.ipynb #93bc572e
 STRETCH = 1<<16     # bytes of validation text that are worth a stretch of their own
 MOST_STRETCHES = 16
 
@@ -32,20 +44,7 @@ def stretches(
     units = after - (ends - starts[after-1] < starts[after] - ends)
     return units if _near(starts, units, share) else _closest(np.diff(starts), share*total, rng)
 
-def _near(starts, units, share):
-    "Do these stretches come near the share, and leave enough for training?"
-    got = (starts[units[:,1]] - starts[units[:,0]]).sum() / starts[-1]
-    return share/2 <= got <= min(2*share, (1+share)/2)
-
-def _closest(sizes, want, rng):
-    "The one unit whose size is nearest to `want`; chance decides among equals"
-    order = rng.permutation(len(sizes))
-    unit = order[np.abs(sizes[order] - want).argmin()]
-    return np.array([[unit, unit+1]])
-
-# %% ../nbs/02b_split.ipynb #94ec253a
-LONG = 100 # characters from which a text that stands on both sides is dropped from training
-
+# %% ../nbs/02b_split.ipynb #5fd04908
 def _unit_starts(texts, by_line, folder):
     "First byte of each document or line, then the end of the text: `(units+1,)`, kept on disk"
     at = 0
@@ -63,8 +62,11 @@ def _plan(source, share, seed, head, folder, progress):
         starts = _unit_starts(watched_texts(source, 'Reading', head['source_hash'], progress), by_line, folder)
         cut = stretches(starts, share, seed)
         if _near(starts, cut, share) or (by_line and len(starts) > 2): return cut, by_line
-    raise UserError(f"val_split={share} leaves nothing on one side: {source.name} has {len(starts)-1} lines and {starts[-1]} bytes; "
+    raise UserError(f"val_split={share} leaves nothing on one side, as {source.name} is a single line of {starts[-1]} bytes; "
                     "use more text, or name other text as val_data")
+
+# %% ../nbs/02b_split.ipynb #f2f59d64
+LONG = 100 # characters from which a text that stands on both sides is dropped from training
 
 def _long_hash(text):
     "Eight bytes that stand for a long text, or None for a short one"
@@ -87,7 +89,7 @@ def _dropping(texts, seen, part):
             yield text, begun, parted
             begun = parted = False
 
-# %% ../nbs/02b_split.ipynb #f94fda8c
+# %% ../nbs/02b_split.ipynb #b92c0b24
 def prepare_split(
     source,             # a `Source`, or what `Source.of` takes
     tokenizer,          # as in `prepare`
@@ -106,6 +108,7 @@ def prepare_split(
     if not (train and val): train, val = _make_sides(source, tokenizer, val_split, seed, sides, progress)
     return train, val, train.part['dropped']
 
+# %% ../nbs/02b_split.ipynb #48b3f1ab
 def _make_sides(source, tokenizer, share, seed, sides, progress):
     (train_path, train_head), (val_path, val_head) = sides
     cut, by_line = _plan(source, share, seed, val_head, val_path.parent, progress)
@@ -113,8 +116,9 @@ def _make_sides(source, tokenizer, share, seed, sides, progress):
     train_head['part']['dropped'] = 0
     edges, seen = cut.ravel().tolist(), array('Q')
     def inside(unit): return bisect_right(edges, unit) % 2 == 1
-    texts = chosen_texts(watched_texts(source, 'Tokenizing validation', val_head['source_hash'], progress), inside, by_line)
-    val = make_tokens(val_path, val_head, _noting(texts, seen), tokenizer)
+    def outside(unit): return not inside(unit)
+    def read(what, units):
+        return chosen_texts(watched_texts(source, f'Tokenizing {what}', val_head['source_hash'], progress), units, by_line)
+    val = make_tokens(val_path, val_head, _noting(read('validation', inside), seen), tokenizer)
     seen = array('Q', np.unique(np.frombuffer(seen, np.uint64)).tobytes())
-    texts = chosen_texts(watched_texts(source, 'Tokenizing training', val_head['source_hash'], progress), lambda unit: not inside(unit), by_line)
-    return make_tokens(train_path, train_head, _dropping(texts, seen, train_head['part']), tokenizer), val
+    return make_tokens(train_path, train_head, _dropping(read('training', outside), seen, train_head['part']), tokenizer), val

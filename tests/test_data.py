@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from continual_llm.batches import Batches, Blocks, eval_batches
 from continual_llm.core import UserError
-from continual_llm.data import HEADER, TokenFile, cache_folder, prepare
+from continual_llm.data import HEADER, cache_folder, open_tokens, prepare
 from continual_llm.memory import domains, remember
 from continual_llm.source import Source
 from continual_llm.split import LONG, prepare_split
@@ -178,7 +178,7 @@ def test_every_kind_of_damage_is_noticed(tmp_path):
         bad = draw.choice([whole[:at], whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at+1:],
                            whole[:at] + bytes(len(whole)-at) if any(whole[at:]) else whole[:at]])
         file.path.write_bytes(bad)
-        try: silent += TokenFile.open(file.path) != file  # a change that JSON does not see, such as of the last padding, is none
+        try: silent += open_tokens(file.path) != file  # a change that JSON does not see, such as of the last padding, is none
         except UserError as e: assert str(file.path) in str(e)
     assert silent == 0
 
