@@ -56,11 +56,9 @@ def write_archive(
     if into.failed is not None: raise into.failed
     file.write(TRAILER.pack(MAGIC, into.length, into.sum.digest()))
 
-# %% ../nbs/07a_archive.ipynb #d4df2e5c
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-_WAYS = dict(ndarray='torch.from_numpy(it)', bytes='it.hex()', set='sorted(it)', Parameter='it.detach()', TorchVersion='str(it)',
-             Tensor='a dense tensor of a common dtype', int='a number of at most 64 bits')
-
+# %% ../nbs/07a_archive.ipynb #c0658cb3
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16,
+          torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 def plain(
     obj,                # what is to be saved
     where:str='object', # its name in messages
@@ -70,14 +68,20 @@ def plain(
     kind = type(obj)
     if kind in (bool, float, str, type(None)) or kind is int and -2**63 <= obj < 2**63 or kind is torch.Tensor and _dense(obj): return obj
     if kind not in (list, tuple, dict, OrderedDict):
-        raise UserError(f"{where} is of the kind {kind.__module__}.{kind.__name__}, which cannot be loaded safely; save {_way(obj)} in its place")
+        kind = f"{kind.__module__}.{kind.__name__}"
+        raise UserError(f"{where} is of the kind {kind}, which cannot be loaded safely; save {_way(obj)} in its place")
     if depth > 60: raise UserError(f"{where} is nested more than 60 levels deep; flatten it")
     for key, value in obj.items() if isinstance(obj, dict) else enumerate(obj):
-        if type(key) not in (str, int): raise UserError(f"{where} has the key {key!r}, a {type(key).__name__}; use text or whole numbers as keys")
+        if type(key) not in (str, int):
+            raise UserError(f"{where} has the key {key!r}, a {type(key).__name__}; use text or whole numbers as keys")
         plain(value, f"{where}[{key!r}]", depth+1)
     return obj
 
+# %% ../nbs/07a_archive.ipynb #c2f5810c
 def _dense(t): return t.dtype in DTYPES and t.layout is torch.strided and not t.is_meta and not vars(t)
+
+_WAYS = dict(ndarray='torch.from_numpy(it)', bytes='it.hex()', set='sorted(it)', Parameter='it.detach()', TorchVersion='str(it)',
+             Tensor='a dense tensor of a common dtype', int='a number of at most 64 bits')
 
 def _way(obj):
     "What to save in place of `obj`"
@@ -85,7 +89,7 @@ def _way(obj):
     known = _WAYS.get(type(obj).__name__)
     return known or ('it.item()' if hasattr(obj, 'dtype') else 'it.value' if hasattr(obj, 'value') else 'plain numbers and text')
 
-# %% ../nbs/07a_archive.ipynb #5c7b198f
+# %% ../nbs/07a_archive.ipynb #97061110
 def save_object(
     obj,  # tensors and plain values
     path, # the file to make or replace; its folder is made if need be
@@ -98,6 +102,7 @@ def save_object(
         with atomic_file(path) as f: write_archive(obj, f)
     return path
 
+# %% ../nbs/07a_archive.ipynb #2a8edbfc
 def make_folder(
     folder, # to make, with those above it
 )->None:
@@ -108,7 +113,7 @@ def make_folder(
     with contextlib.suppress(FileExistsError): os.mkdir(folder)
     sync_folder(folder.parent)
 
-# %% ../nbs/07a_archive.ipynb #39fd8e41
+# %% ../nbs/07a_archive.ipynb #47b020eb
 @contextlib.contextmanager
 def storage_failure(
     path,         # what was to be written, for the message
@@ -120,9 +125,11 @@ def storage_failure(
     except StorageError: raise
     except OSError as e:
         why = f"{path} could not be saved: {e.strerror or e}"
-        if e.errno in (errno.ENOSPC, errno.EDQUOT): why = f"disk full: {path} needs {human_bytes(need())}, {_free(path)} free; make room and try again"
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            why = f"disk full: {path} needs {human_bytes(need())}, {_free(path)} free; make room and try again"
         raise StorageError(why + kept, e.errno) from e
 
+# %% ../nbs/07a_archive.ipynb #b5ace304
 def tensor_bytes(
     obj, # tensors and plain values
 )->int:
@@ -138,31 +145,35 @@ def _free(path):
     there = next(p for p in Path(path).absolute().parents if p.exists())
     return human_bytes(shutil.disk_usage(there).free)
 
-# %% ../nbs/07a_archive.ipynb #38d15d1d
+# %% ../nbs/07a_archive.ipynb #2f2893a3
+_UNSIGNED = ("has no checksum at its end: it was cut short, damaged, or written by another program; use another checkpoint, "
+             "or, if you trust where it comes from, load_object(path, unverified=True)")
+
 def _verified(path, cap, unverified):
     "A file's archive, read once and compared with its trailer"
     with open(path, 'rb') as f:
         size = os.fstat(f.fileno()).st_size
-        if size > cap: raise UserError(f"{path} has {human_bytes(size)}, above the cap of {human_bytes(cap)}; if it is yours, load it with a larger `cap`")
+        if size > cap:
+            raise UserError(f"{path} has {human_bytes(size)}, above the cap of {human_bytes(cap)}; if it is yours, load it with a larger `cap`")
         f.seek(max(0, size - TRAILER.size))
         end = f.read(TRAILER.size)
         ours = len(end) == TRAILER.size and end.startswith(MAGIC)
-        if not ours and not unverified: raise DamagedFile(f"{path} has no checksum at its end: it was cut short, damaged, or written by another program; "
-                                                          "use another checkpoint, or, if you trust where it comes from, load_object(path, unverified=True)")
+        if not ours and not unverified: raise DamagedFile(f"{path} {_UNSIGNED}")
         f.seek(0)
         if not ours: return f.read()
         _, length, want = TRAILER.unpack(end)
         data = f.read(length) if length == size - TRAILER.size else b''
-        if hashlib.sha256(data).digest() != want: raise DamagedFile(f"{path} is damaged: its bytes do not match its checksum; use another checkpoint of the run")
-        return data
+        if hashlib.sha256(data).digest() == want: return data
+        raise DamagedFile(f"{path} is damaged: its bytes do not match its checksum; use another checkpoint of the run")
 
-# %% ../nbs/07a_archive.ipynb #736c42d3
+# %% ../nbs/07a_archive.ipynb #f023a9b3
 _STORAGES = ('Float', 'Double', 'Half', 'BFloat16', 'Long', 'Int', 'Short', 'Char', 'Byte', 'Bool')
 _NAMES = {'collections OrderedDict', 'torch._utils _rebuild_tensor_v2', *(f"torch {s}Storage" for s in _STORAGES)}
-_CALLS = {'STACK_GLOBAL', 'INST', 'OBJ', 'NEWOBJ', 'NEWOBJ_EX', 'EXT1', 'EXT2', 'EXT4', 'BYTEARRAY8', 'PERSID'}  # ways to name or make things
+_CALLS = {'STACK_GLOBAL', 'INST', 'OBJ', 'NEWOBJ', 'NEWOBJ_EX', 'EXT1', 'EXT2', 'EXT4', 'BYTEARRAY8', 'PERSID'}  # ways to make things
 
 class _Foreign(ValueError): "What no archive of ours holds"
 
+# %% ../nbs/07a_archive.ipynb #64369847
 def _inspect(data):
     "Refuse an archive with anything that `save_object` does not write"
     with zipfile.ZipFile(io.BytesIO(data)) as z:
@@ -170,11 +181,12 @@ def _inspect(data):
         if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > len(data): raise _Foreign('a compressed archive')
         pickles = [e for e in entries if e.filename.lower().endswith('.pkl')]
         if len(pickles) != 1: raise _Foreign(f"{len(pickles)} pickles")
-        for op, arg, _ in pickletools.genops(z.read(pickles[0])):
-            if op.name in _CALLS or op.name == 'GLOBAL' and arg not in _NAMES: raise _Foreign(f"the name {str(arg)[:60]!r}")
-            if op.name == 'PROTO' and arg != 2: raise _Foreign(f"a pickle of protocol {arg}")
+        program = z.read(pickles[0])
+    for op, arg, _ in pickletools.genops(program):
+        if op.name in _CALLS or op.name == 'GLOBAL' and arg not in _NAMES: raise _Foreign(f"the name {str(arg)[:60]!r}")
+        if op.name == 'PROTO' and arg != 2: raise _Foreign(f"a pickle of protocol {arg}")
 
-# %% ../nbs/07a_archive.ipynb #c6c5d758
+# %% ../nbs/07a_archive.ipynb #551551b1
 def load_object(
     path,                  # a file written by `save_object`
     cap:int|None=None,     # bytes; larger files are refused unread; by default half of this machine's memory
@@ -183,16 +195,25 @@ def load_object(
     "Load what is, bit for bit, what was saved; nothing in the file can run"
     path = Path(path)
     if not path.is_file(): raise UserError(f"no file at {path}")
-    try:
+    with _one_line(path):
         data = _verified(path, _memory()//2 if cap is None else cap, unverified)
         _inspect(data)
         return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+
+@contextlib.contextmanager
+def _one_line(path):
+    "Turn whatever reading a file raises into one line with its name and the way out"
+    try: yield
     except UserError: raise
     except PermissionError: raise UserError(f"{path} may not be read by this user; change its permissions") from None
     except MemoryError: raise UserError(f"{path} does not fit in memory; load it on a larger machine") from None
-    except _Foreign as e: raise DamagedFile(f"{path} is refused, for it holds {e}, which no checkpoint of ours does; use another one") from None
-    except OSError as e: raise DamagedFile(f"{path} cannot be read ({e.strerror or e}); use another checkpoint of the run") from e
-    except Exception as e: raise DamagedFile(f"{path} is not an archive of tensors ({type(e).__name__}); use another checkpoint of the run") from e
+    except Exception as e: raise DamagedFile(f"{path} {_fault(e)}; use another checkpoint") from e
+
+# %% ../nbs/07a_archive.ipynb #fa99e5b8
+def _fault(e):
+    if isinstance(e, _Foreign): return f"is refused, for it holds {e}, which no checkpoint of ours does"
+    if isinstance(e, OSError): return f"cannot be read ({e.strerror or e})"
+    return f"is not an archive of tensors ({type(e).__name__})"  # without torch's words, which advise to load unsafely
 
 def _memory():
     "Bytes of memory in this machine; 16 GB where the system does not tell"
