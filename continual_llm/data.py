@@ -230,7 +230,7 @@ def _sweep(folder, age=24*3600):
             if path.stat().st_mtime < time.time() - age: path.unlink()
         except FileNotFoundError: pass  # another process was faster
 
-# %% ../nbs/02_data.ipynb #ecb6cb56
+# %% ../nbs/02_data.ipynb #c4401cb6
 def watched_texts(
     source:Source,
     what:str,           # the word in front of the bar
@@ -241,7 +241,7 @@ def watched_texts(
     from tqdm import tqdm
     wait = 1 if sys.stderr.isatty() else 10  # a log or a notebook hears only of long work, and seldom
     with tqdm(total=source.check().bytes, desc=what, unit='B', unit_scale=True, leave=False, disable=not progress,
-              delay=wait, mininterval=wait/5, file=sys.stderr) as bar:
+              delay=wait, mininterval=.1 if wait == 1 else wait, file=sys.stderr) as bar:
         for text, ends in source.texts():
             yield text, ends
             bar.update(count_bytes(text))
