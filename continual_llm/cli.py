@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'add_flags', 'parse', 'pretrain_command', 'generate_command', 'usage', 'run_command', 'main']
 
-# %% ../nbs/20_cli.ipynb #ad66367f
-import argparse, importlib, inspect, os, signal, sys
+# %% ../nbs/20_cli.ipynb #a2dd056d
+import argparse, importlib, inspect, os, signal, sys, warnings
 from .core import UserError, nearest
 
 # %% ../nbs/20_cli.ipynb #b65de536
@@ -52,7 +52,7 @@ def parse(
             raise UserError(f"unknown flag {name}{nearest(name.replace('-', '_').replace('__', '--', 1), flags)}; see `{prog} --help`")
     return vars(parser.parse_args(argv))
 
-# %% ../nbs/20_cli.ipynb #71193833
+# %% ../nbs/20_cli.ipynb #32e0766e
 def pretrain_command(**given):
     "Pretrain, or run the quick start when no data is named"
     from continual_llm.train import pretrain, quickstart
@@ -68,6 +68,7 @@ def generate_command(
     top_p:float=1.,                # choose among the likeliest tokens that hold this much probability
     repetition_penalty:float=1.,   # above 1, tokens already there become less likely
     stop:str|None=None,            # end before this text
+    forbid:str|None=None,          # never write a piece that holds this text, such as <unk>
     seed:int=0,                    # the same seed writes the same text
     device:str='auto',             # `auto`, `cuda`, `mps` or `cpu`
 )->None:
@@ -76,7 +77,7 @@ def generate_command(
     net, tok, _ = load_model(model, tokenizer, device)
     print(prompt, end='', flush=True)
     for piece in stream(net, tok, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                        repetition_penalty=repetition_penalty, stop=(stop,) if stop else (), seed=seed): print(piece, end='', flush=True)
+                        repetition_penalty=repetition_penalty, stop=stop or (), forbid=forbid or (), seed=seed): print(piece, end='', flush=True)
     print()
 
 # %% ../nbs/20_cli.ipynb #f6c606dd
@@ -95,7 +96,7 @@ def usage()->str:
     return ("usage: continual-llm COMMAND [--flag value ...]\n\n  " + '\n  '.join(COMMANDS) +
             "\n\n`continual-llm COMMAND --help` lists a command's flags; `continual-llm pretrain` alone trains a small model in about two minutes.")
 
-# %% ../nbs/20_cli.ipynb #1f36983c
+# %% ../nbs/20_cli.ipynb #45af8022
 def run_command(
     argv:list, # the words after `continual-llm`
 )->int:        # the exit code
@@ -117,6 +118,7 @@ def main(
 )->None:
     "The console command"
     code, line = 0, ''
+    warnings.showwarning = lambda message, *place: print(f"continual-llm: note: {message}", file=sys.stderr)
     try: code = run_command(sys.argv[1:] if argv is None else argv)
     except UserError as e: code, line = 2, e
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: not an error

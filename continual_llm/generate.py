@@ -352,7 +352,7 @@ def generate(
     for row, new in pairs: texts[row] += new
     return texts
 
-# %% ../nbs/10_generate.ipynb #55a65150
+# %% ../nbs/10_generate.ipynb #77ed4bab
 def load_model(
     path,              # a checkpoint file or a run folder, which stands for its best checkpoint, else for the final one
     tokenizer=None,    # a `Tokenizer` or its folder; by default the run's own
@@ -364,4 +364,5 @@ def load_model(
     path = checkpoint_file(final if only_final else path)
     checkpoint = load_checkpoint(path)
     tokenizer = tokenizer_of(path, tokenizer, checkpoint['tokenizer_hash'])
-    return ContinualLLM.from_checkpoint(checkpoint).to(device), tokenizer, checkpoint
+    try: return ContinualLLM.from_checkpoint(checkpoint).to(device), tokenizer, checkpoint
+    except UserError as e: raise UserError(f"{path}: {e}") from None

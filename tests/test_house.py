@@ -141,7 +141,7 @@ def test_importing_train_is_light():
     "Libraries that are only sometimes needed are not imported with the package"
     code = "import sys, continual_llm.train; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True, cwd=ROOT).stdout.split()
-    assert not set(loaded) & {'matplotlib', 'IPython', 'ipywidgets', 'sentencepiece', 'yaml', 'tqdm', 'transformers', 'fastcore', 'pandas'}
+    assert not set(loaded) & {'matplotlib', 'IPython', 'ipywidgets', 'sentencepiece', 'yaml', 'transformers', 'fastcore', 'pandas'}
 
 
 def test_readme_has_the_two_commands():
