@@ -30,7 +30,7 @@ def rotate(
     "Turn the pairs (i, i+D/2) by their angles"
     return torch.addcmul(x*cos.to(x.dtype), x.roll(x.shape[-1]//2, -1), sin.to(x.dtype))
 
-# %% ../nbs/03_attention.ipynb #62618ffd
+# %% ../nbs/03_attention.ipynb #f39b0744
 class Attention(nn.Module):
     "Causal attention with rotary positions and shared keys (Vaswani et al. 2017; Ainslie et al. 2023)"
     def __init__(self,
@@ -63,8 +63,10 @@ class Attention(nn.Module):
         q, k = rotate(qk, cos, sin).split((self.H, self.K), 2)
         q, k, v = [t.transpose(1, 2) for t in (q, k, v)]         # (B,T,heads,D) -> (B,heads,T,D)
         if cache is not None: k, v = cache.write(layer, k, v)    # (B,K,T,D) -> (B,K,S,D)
+        if T == 1: q = q.reshape(B, self.K, -1, self.D)          # one token: queries of a key in its rows, (B,H,1,D) -> (B,K,G,D)
         o = F.scaled_dot_product_attention(q, k, v, mask, self.p if self.training else 0.,
-                                           is_causal=mask is None and T > 1, enable_gqa=self.K < self.H)
+                                           is_causal=mask is None and T > 1, enable_gqa=T > 1 and self.K < self.H)
+        o = o.reshape(B, self.H, T, self.D)
         return self.out(o.transpose(1, 2).reshape(B, T, -1))     # (B,H,T,D) -> (B,T,HD)
 
 # %% ../nbs/03_attention.ipynb #4798c871

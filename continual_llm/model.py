@@ -69,7 +69,7 @@ PRESETS = dict(
     medium=dict(d_model=768, n_layers=12, n_heads=12, n_kv_heads=3, d_ff=3072, max_seq_len=1024),
     large=dict(d_model=1024, n_layers=24, n_heads=16, n_kv_heads=4, d_ff=4096, max_seq_len=2048))
 
-# %% ../nbs/04_model.ipynb #976d2a7f
+# %% ../nbs/04_model.ipynb #0d39a1e6
 def _plain_pairs(path, text):
     "Names and values as written, with their lines; anything else in the file is refused before it is built"
     import yaml
@@ -88,6 +88,7 @@ def _plain_pairs(path, text):
     if not found: raise UserError(f"{path} is empty; give lines such as `d_model: 256`")
     return list(zip(found[::2], found[1::2]))
 
+# %% ../nbs/04_model.ipynb #8913f8a0
 def _check_pairs(pairs, values):
     "Refuse a name given twice, and a number that YAML reads otherwise than people do"
     names = set()
@@ -99,6 +100,7 @@ def _check_pairs(pairs, values):
         if number and (':' in digits or digits[0] == '0' and digits[1:2].isalnum()):  # 1:30 is 90, and 012 is 10
             raise UserError(f"{where}: YAML reads {name}={said} as {value}; write a plain decimal number")
 
+# %% ../nbs/04_model.ipynb #710627de
 def _read_yaml(path):
     "The fields in a YAML file"
     import yaml
@@ -112,7 +114,7 @@ def _read_yaml(path):
     except UserError: raise
     except (OSError, ValueError, yaml.YAMLError) as e: raise UserError(f"{path} is not a YAML file of `name: value` lines ({e})") from None
 
-# %% ../nbs/04_model.ipynb #fb87a234
+# %% ../nbs/04_model.ipynb #de583991
 def model_config(
     config='tiny', # a preset's name, the path of a YAML file, a dict of fields, or a `ModelConfig`
     **overrides,   # fields to set otherwise; None leaves a field as it is, an unknown name is refused
@@ -129,6 +131,7 @@ def model_config(
     try: return ModelConfig(**{**values, **{k: v for k, v in overrides.items() if v is not None}})
     except UserError as e: raise UserError(f"{where}: {e}") from None
 
+# %% ../nbs/04_model.ipynb #8e2d4abe
 def _from_file(config):
     "What a YAML file says, or a hint at the preset that was meant"
     path = Path(str(config))
@@ -137,7 +140,7 @@ def _from_file(config):
         raise UserError(f"no model config at {path}; give a YAML file, or one of the presets {', '.join(PRESETS)}")
     return one_of('config', str(config), PRESETS)
 
-# %% ../nbs/04_model.ipynb #8a82b620
+# %% ../nbs/04_model.ipynb #2fe8331e
 class FeedForward(nn.Module):
     "SwiGLU: one half of the inner width gates the other (Shazeer 2020)"
     def __init__(self,
@@ -154,6 +157,7 @@ class FeedForward(nn.Module):
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(F.silu(gate)*up)
 
+# %% ../nbs/04_model.ipynb #f13d3499
 class Block(nn.Module):
     "One layer: attention, then feed-forward, each reading a normed copy and adding to the stream"
     def __init__(self,
