@@ -54,7 +54,7 @@ def _raw_lines(path, longest=LONGEST):
     except PermissionError: raise UserError(f"{path} may not be read; allow it with `chmod u+r {shlex.quote(str(path))}`") from None
     except OSError as e: raise UserError(f"{path} could not be read after line {n}: {e.strerror or e}") from None
 
-# %% ../nbs/00a_source.ipynb #1e2cc819
+# %% ../nbs/00a_source.ipynb #31bbcdb0
 def _decode(path, n, line):
     "One line as text, or the one-line reason why not"
     if n == 1 and line.startswith(b'\xef\xbb\xbf'): _refuse(path, n, 'begins with a byte-order mark', r"sed -i '1s/^\xEF\xBB\xBF//' {}")
@@ -64,7 +64,8 @@ def _decode(path, n, line):
     if line.endswith(b'\r\n'): _refuse(path, n, 'ends like a line of Windows (CRLF)', r"sed -i 's/\r$//' {}")
     try: return line.decode()
     except UnicodeDecodeError as e:
-        _refuse(path, n, f"byte {e.start+1} is not UTF-8 ({line[e.start]:#04x}); if the text is Latin-1", 'iconv -f LATIN1 -t UTF-8 {} > NEW.txt')
+        what = f"byte {e.start+1} is not UTF-8 ({line[e.start]:#04x}); if the text is Latin-1"
+        _refuse(path, n, what, 'iconv -f LATIN1 -t UTF-8 {} > NEW.txt')
 
 # %% ../nbs/00a_source.ipynb #6e750ab0
 def _plain(path):
@@ -80,13 +81,13 @@ def _split(text):
     lines = list(io.StringIO(text, newline='\n'))
     for i, line in enumerate(lines): yield line, i == len(lines)-1
 
-# %% ../nbs/00a_source.ipynb #7ebf077b
+# %% ../nbs/00a_source.ipynb #e9d8ae02
 def _jsonl(path, field):
     "Pairs (line, is it the last of its record?) of a field of the records of a file"
     for n, line in _raw_lines(path, LONGEST_RECORD):
         if not (line := _decode(path, n, line.replace(b'\r\n', b'\n'))).strip(): continue
         try: record = json.loads(line)
-        except (ValueError, RecursionError) as e: _refuse(path, n, f"not JSON ({e}); each line must be one record such as {{\"{field}\": \"...\"}}")
+        except (ValueError, RecursionError) as e: _refuse(path, n, f'not JSON ({e}); each line must be a record such as {{"{field}": "..."}}')
         yield from _field(path, n, record, field)
 
 def _field(path, n, record, field):
@@ -95,7 +96,7 @@ def _field(path, n, record, field):
         _refuse(path, n, f"no field {field!r}{nearest(field, names)}; name one of {', '.join(map(repr, names[:9]))} with `field`" if names
                 else 'not a record with named fields, such as {"text": "..."}')
     text = record[field]
-    if not isinstance(text, str): _refuse(path, n, f"field {field!r} holds {str(text)[:40]!r}, not text; name a field that holds text with `field`")
+    if not isinstance(text, str): _refuse(path, n, f"field {field!r} holds {str(text)[:40]!r}, not text; name another with `field`")
     way = '; mend it where the file is made'
     if '\0' in text: _refuse(path, n, f"field {field!r} holds a NUL character{way}")
     for line, last in _split(text):
