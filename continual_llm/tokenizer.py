@@ -290,7 +290,7 @@ class Tokenizer(Pieces):
         markers = [m for m in _frequent(_count_markers(_lines(text)), words) if len(self.encode(m)) > 1]
         return Examination(len(ids), words, len(text.encode()), sum(map(self._sp.is_byte, ids)), tuple(markers), self.decode(ids) == text)
 
-# %% ../nbs/01_tokenizer.ipynb #eab6ffd3
+# %% ../nbs/01_tokenizer.ipynb #571fcaa3
 def train_tokenizer(
     data,                         # a source: file, folder, pattern, `.jsonl`, `.gz`, built-in corpus, or a list of those
     vocab_size:int=8000,          # pieces, special ones and 256 bytes included
@@ -299,7 +299,7 @@ def train_tokenizer(
     markers='auto',               # literals that become pieces: `auto` takes frequent ones such as <unk>, `none` none; or their names
     field:str='text',             # of the records of a `.jsonl` file
     overwrite:bool=False,         # replace a tokenizer that `save` holds already?
-    sample_bytes:int=100_000_000, # of a longer text, learn from a random sample of lines of about this size
+    sample_bytes:int=30_000_000,  # of a longer text, learn from a random sample of lines of about this size
 )->Tokenizer:
     "A tokenizer learned from a text (BPE: Sennrich et al. 2016; unigram: Kudo 2018); the same text gives the same tokenizer"
     in_range('vocab_size', vocab_size, 1, 1_000_000, whole=True)
