@@ -114,16 +114,14 @@ def _read_yaml(path):
     except UserError: raise
     except (OSError, ValueError, yaml.YAMLError) as e: raise UserError(f"{path} is not a YAML file of `name: value` lines ({e})") from None
 
-# %% ../nbs/04_model.ipynb #de583991
+# %% ../nbs/04_model.ipynb #b67637a6
 def model_config(
     config='tiny', # a preset's name, the path of a YAML file, a dict of fields, or a `ModelConfig`
     **overrides,   # fields to set otherwise; None leaves a field as it is, an unknown name is refused
 )->ModelConfig:
     "The config that is meant, checked"
     where = 'config' if isinstance(config, (dict, ModelConfig)) or str(config) in PRESETS else str(config)
-    if isinstance(config, ModelConfig): values = config.to_dict()
-    elif isinstance(config, dict): values = config
-    else: values = PRESETS.get(str(config)) or _from_file(config)
+    values = config_fields(config)
     known = [f.name for f in fields(ModelConfig)]
     for name in [*values, *overrides]:
         if name not in known:
@@ -131,7 +129,15 @@ def model_config(
     try: return ModelConfig(**{**values, **{k: v for k, v in overrides.items() if v is not None}})
     except UserError as e: raise UserError(f"{where}: {e}") from None
 
-# %% ../nbs/04_model.ipynb #8e2d4abe
+# %% ../nbs/04_model.ipynb #5d7df337
+def config_fields(
+    config, # as `model_config` takes it
+)->dict:    # only the fields it names
+    "What a config says, without the defaults for what it leaves out"
+    if isinstance(config, ModelConfig): return config.to_dict()
+    if isinstance(config, dict): return config
+    return PRESETS.get(str(config)) or _from_file(config)
+
 def _from_file(config):
     "What a YAML file says, or a hint at the preset that was meant"
     path = Path(str(config))

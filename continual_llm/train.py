@@ -7,7 +7,7 @@ __all__ = ['PARTS_OF_A_RUN', 'QUICK', 'holds_run', 'check_folder', 'check_room',
            'validation_share', 'read_texts', 'make_parts', 'Job', 'carry_out', 'count_params', 'with_vocabulary',
            'pretrain', 'quickstart']
 
-# %% ../nbs/12_train.ipynb #9b936827
+# %% ../nbs/12_train.ipynb #9f465ed2
 import contextlib, os, platform, shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from .generate import generate
 from .history import History, draw
 from .loop import LoopConfig, Parts, fit
 from .memory import remember
-from .model import ContinualLLM, ModelConfig, model_config
+from .model import ContinualLLM, ModelConfig, config_fields, model_config
 from .monitor import Console, JsonLines, LiveFigure, banner, save_curve
 from .optim import OptimConfig, make_optimizer
 from .schedule import fit_warmup
@@ -263,7 +263,7 @@ def carry_out(
         with machine(job.deterministic, record['threads'] if job.loop.device == 'cpu' else None):
             return _train(job, store, record, state, quiet, say, views)
 
-# %% ../nbs/12_train.ipynb #52ae0ac5
+# %% ../nbs/12_train.ipynb #82db89bf
 def _train(job, store, record, state, quiet, say, views):
     "The run itself, inside its lock and settings"
     loop, folder = job.loop, job.folder
@@ -290,10 +290,10 @@ def _finish(job, store, record, model, history, at, say):
     save_curve(history, job.folder/'curve.png')
     history.add('done', seconds=at.seconds, stopped=at.stopped, path=str(store.folder/'best'/'checkpoint.pt') if at.best_epoch else None)
     if at.stopped in ('', 'early stopping'):
-        say(f"Curves: {job.folder/'curve.png'}\n\nA sample of what it writes:\n  " + run.generate('', max_tokens=60, seed=job.loop.seed).strip().replace('\n', '\n  '))
+        say(f"Curves: {job.folder/'curve.png'}\n\nA sample of what it writes:\n  " + run.generate('', max_tokens=min(60, job.shape.max_seq_len-1), seed=job.loop.seed).strip().replace('\n', '\n  '))
     return run
 
-# %% ../nbs/12_train.ipynb #5e879610
+# %% ../nbs/12_train.ipynb #bfffee5b
 def count_params(
     shape:ModelConfig,
 )->int:
@@ -306,7 +306,7 @@ def with_vocabulary(
     tokenizer:Tokenizer,
 )->ModelConfig:
     "The model's shape for a tokenizer; a config that insists on another size is refused"
-    insisted = None
+    insisted = config_fields(config).get('vocab_size')
     if insisted not in (None, len(tokenizer)):
         raise UserError(f"vocab_size={insisted} in {config} but the tokenizer has {len(tokenizer)} pieces; leave vocab_size out of the config")
     return replace(shape, vocab_size=len(tokenizer))
@@ -377,9 +377,9 @@ def pretrain(
     job = Job(folder, shape, replace(loop, warmup_steps=warmup), optim, tok, train, val, batches, eval_tokens, deterministic)
     return carry_out(job, resume, overwrite, quiet)
 
-# %% ../nbs/12_train.ipynb #1155d76c
-QUICK = dict(data='builtin:english', config='tiny', vocab_size=4000, epochs=4, batch_size=8, grad_accumulation=1, learning_rate=3e-3, warmup_steps=50,
-             save_dir='checkpoints/quickstart')
+# %% ../nbs/12_train.ipynb #7c14b571
+QUICK = dict(data='builtin:english', config='tiny', vocab_size=4000, max_seq_len=128, epochs=2, batch_size=16, grad_accumulation=1, learning_rate=4e-3,
+             warmup_steps=30, max_steps=320, optimizer='muon', dropout=0., save_dir='checkpoints/quickstart')
 
 def quickstart(
     **given, # parameters of `pretrain` that should be otherwise
