@@ -49,7 +49,7 @@ def in_range(
     whole:bool=False,    # only whole numbers?
     hint:str='',         # the way out, if the range does not say it
 ):                       # `value`, unchanged
-    "Refuse a number outside a range, and anything that is not a number"
+    "Refuse a number outside a range, an infinite one, and anything that is not a number"
     kind = 'a whole number' if whole else 'a number'
     hint = f"; {hint}" if hint else ''
     if isinstance(value, str) and not whole and _is_float(value):
@@ -58,7 +58,7 @@ def in_range(
         raise UserError(f"{name}={value!r} is not {kind}{hint}")
     above = value > low if ends[0] == '(' else value >= low
     below = value < high if ends[1] == ')' else value <= high
-    if above and below and not math.isnan(value): return value
+    if above and below and abs(value) < math.inf: return value
     raise UserError(f"{name}={value} is not {kind} {_range(low, high, ends)}{hint}")
 
 # %% ../nbs/00_core.ipynb #09e6a8a7
@@ -77,9 +77,11 @@ def seed_for(
     *parts,  # the run's seed and the place: numbers and short names
 )->int:      # a seed in [0, 2**63)
     "A repeatable seed for one place in a run"
+    assert all(type(p) in (int, float, str) for p in parts), f"a place is plain numbers and names, not {parts}"
     text = '\x1f'.join(f"{type(p).__name__}:{p}" for p in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'little') >> 1
 
+# %% ../nbs/00_core.ipynb #5d2e3385
 def generator(
     *parts,       # as in `seed_for`
     device='cpu', # where the numbers are drawn
@@ -101,15 +103,16 @@ def seed_everything(
 
 # %% ../nbs/00_core.ipynb #6a25df9d
 def pick_device(
-    name:str='auto', # `auto`, `cuda`, `cuda:1`, `mps` or `cpu`
+    name:str='auto', # `auto`, `cuda`, `cuda:1`, `mps` or `cpu`, or a torch device
 )->torch.device:
     "The device to compute on"
-    kind, _, index = name.partition(':')
+    name = str(name)
+    kind, colon, index = name.partition(':')
     one_of('device', kind, ('auto', 'cuda', 'mps', 'cpu'))
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if kind == 'auto': return torch.device(next(k for k in ('cuda', 'mps', 'cpu') if there[k]))
-    if not there[kind]: raise UserError(f"device={name!r} is not to be had here; use 'auto', which would take {pick_device().type!r}")
-    if index and not (kind == 'cuda' and index.isdigit() and int(index) < torch.cuda.device_count()):
+    if name == 'auto': return torch.device(next(k for k in there if there[k]))
+    if not there.get(kind, True): raise UserError(f"device={name!r} is not to be had here; use 'auto', which would take {pick_device().type!r}")
+    if colon and not (kind == 'cuda' and index.isdecimal() and int(index) < torch.cuda.device_count()):
         raise UserError(f"device={name!r} does not exist here; use {kind!r}")
     return torch.device(name)
 
@@ -148,6 +151,7 @@ def sync_folder(
     try: os.fsync(fd)
     finally: os.close(fd)
 
+# %% ../nbs/00_core.ipynb #0159e9e5
 @contextlib.contextmanager
 def atomic_file(
     path,            # the file to make or replace
