@@ -6,6 +6,7 @@
 __all__ = ['OptimConfig', 'decay_groups', 'orthogonalize', 'Muon', 'Together', 'make_optimizer']
 
 # %% ../nbs/08a_optim.ipynb #5d289579
+import math
 from dataclasses import dataclass
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ class OptimConfig:
     momentum:float=.95       # Muon's memory of the gradient
     def __post_init__(self):
         one_of('optimizer', self.optimizer, ('adamw', 'muon'))
-        in_range('weight_decay', self.weight_decay, 0, hint='0 turns it off')
+        in_range('weight_decay', self.weight_decay, 0, math.inf, '[)', hint='0 turns it off')
         for name in ('beta1', 'beta2', 'momentum'): in_range(name, getattr(self, name), 0, 1, '[)')
         in_range('eps', self.eps, 0, 1, '()')
 
@@ -50,7 +51,7 @@ def orthogonalize(
     X = X / (X.norm() + 1e-7)
     for _ in range(steps):
         A = X @ X.T
-        X = a*X + (b*A + c*A@A) @ X
+        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)  # aX + (bA + cAA)X, rounded once per product
     return X.T if tall else X
 
 # %% ../nbs/08a_optim.ipynb #231b81da
@@ -106,7 +107,7 @@ def make_optimizer(
 ):                                      # steps like a torch optimizer; its rate is set before every step
     "AdamW over decay groups, fused; with `muon`, the matrices inside the network leave it"
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    heads = {id(p) for n, p in model.named_parameters() if n.split('.')[0] in ('head', 'lm_head')}
+    heads = {id(p) for n, p in model.named_parameters() if {'head', 'lm_head'} & set(n.split('.'))}  # also behind a wrapper's prefix
     inner = [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in embedded | heads
              ] if config.optimizer == 'muon' else []
     taken = {id(p) for p in inner}
