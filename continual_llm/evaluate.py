@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from .batches import eval_batches
 from .core import autocast, in_range, pick_precision
+from .generate import evaluating, load_model
 from .metrics import Score
 
 # %% ../nbs/11_evaluate.ipynb #e74ab161
@@ -49,15 +50,12 @@ def token_nats(
     context = context or model.config.max_seq_len
     in_range('context', context, 1, model.config.max_seq_len, whole=True, hint="the model was not trained on longer ones")
     in_range('stride', stride, 0, context, whole=True, hint='a larger one would pass over tokens')
-    device, training = next(model.parameters()).device, model.training
-    out = []
-    model.eval()
-    try:
+    device, out = next(model.parameters()).device, [torch.zeros(0, dtype=torch.double)]
+    with evaluating(model):
         for x, y, new in windows(ids, context, stride or context, batch_size, bos_id):
             poll()
             with autocast(precision, device): nats = model(x.to(device), targets=y.to(device), reduction='none')  # (B,T)
-            out.append(nats[:, -new:].flatten().double().cpu())
-    finally: model.train(training)
+            out.append(nats[:, -new:].flatten().cpu().double())  # in this order: Apple's GPUs have no float64
     return torch.cat(out)
 
 # %% ../nbs/11_evaluate.ipynb #24d1b82f
@@ -93,7 +91,6 @@ def evaluate(
 )->Score:                       # nats, tokens, words and bytes, and what follows from them
     "Measure a checkpoint on a text"
     from continual_llm.data import prepare
-    from continual_llm.generate import load_model
     from continual_llm.source import Source
     in_range('batch_size', batch_size, 1, whole=True)
     source = Source.of(data, field=field)
