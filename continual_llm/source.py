@@ -223,10 +223,6 @@ class Source:
         "SHA-256 of all texts, and of where files and records end; whatever is wrong is refused on the way"
         return self.check().hash
 
-    def n_bytes(self)->int:
-        "Size on disk, for a progress bar"
-        return sum(os.stat(p).st_size for p in self._paths) + sum(len(r.encode()) for f in self.files if f in BUILTIN for r in _builtin(f))
-
     @property
     def _paths(self): return [f for f in self.files if f not in BUILTIN]
 

@@ -63,6 +63,7 @@ def _why_not_trained(log, vocab_size, code):
         return UserError(f"vocab_size={vocab_size} is more than this text supports; give at most {most[1]}, or more text")
     if least := re.search(r'smaller than required_chars\. \d+ vs (\d+)', log):
         return UserError(f"vocab_size={vocab_size} is too small for bytes, markers and characters of this text; give at least {least[1]}")
+    if 'sentences_.empty()' in log: return UserError('there is nothing in this text to learn pieces from; give more text, or a larger sample_bytes')
     if code == -signal.SIGKILL: return UserError('training the tokenizer was killed, it seems for want of memory; lower sample_bytes')
     return RuntimeError(f"SentencePiece failed (exit {code}): {(log.strip() or 'it said nothing').splitlines()[-1]}")
 
@@ -85,6 +86,10 @@ def _train(chunks, options):
         raise _why_not_trained(log.read().decode('utf-8', 'replace'), options['vocab_size'], child.returncode)
 
 # %% ../nbs/01_tokenizer.ipynb #93689793
+def _hash(model):
+    "SHA-256 of a model and of the rules by which it encodes"
+    return hashlib.sha256(f"continual_llm tokenizer {FORMAT}\n".encode() + model).hexdigest()
+
 def _bytes_of(sp, i):
     "The bytes of text that a piece stands for; control pieces stand for none"
     if sp.is_control(i) or sp.is_unknown(i): return b''
@@ -111,7 +116,7 @@ class Pieces:
         try: self._sp = SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError, OSError) as e: raise UserError(f"these bytes are not a SentencePiece model ({e})") from None
         self.model, self.vocab_size = model, self._sp.vocab_size()
-        self.hash = hashlib.sha256(f"continual_llm tokenizer {FORMAT}\n".encode() + model).hexdigest()
+        self.hash = _hash(model)
         self.pad_id, self.bos_id, self.eos_id = self._sp.pad_id(), self._sp.bos_id(), self._sp.eos_id()
         self._bytes = [_bytes_of(self._sp, i) for i in range(self.vocab_size)]
         self._blank = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in BLANK.encode()]
@@ -267,7 +272,7 @@ class Tokenizer(Pieces):
     )->'Tokenizer':
         "Read a tokenizer, refusing one that was damaged"
         info, model = _read_folder(Path(folder))
-        found, said = hashlib.sha256(f"continual_llm tokenizer {FORMAT}\n".encode() + model).hexdigest(), info.pop('hash', None)
+        found, said = _hash(model), info.pop('hash', None)
         if found != said:
             raise UserError(f"{Path(folder)/_FILES[0]} was damaged or replaced: its hash is {found}, and {_FILES[1]} says {said}; "
                             "bring back the right one, or train it again")
