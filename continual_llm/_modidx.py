@@ -308,6 +308,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'continual_llm.metrics.Score.__add__': ('metrics.html#score.__add__', 'continual_llm/metrics.py'),
                                        'continual_llm.metrics.Score.__post_init__': ( 'metrics.html#score.__post_init__',
                                                                                       'continual_llm/metrics.py'),
+                                       'continual_llm.metrics.Score.__str__': ('metrics.html#score.__str__', 'continual_llm/metrics.py'),
                                        'continual_llm.metrics.Score.bits_per_byte': ( 'metrics.html#score.bits_per_byte',
                                                                                       'continual_llm/metrics.py'),
                                        'continual_llm.metrics.Score.loss': ('metrics.html#score.loss', 'continual_llm/metrics.py'),

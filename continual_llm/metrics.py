@@ -62,6 +62,10 @@ class Score:
         means = {name: getattr(self, name) for name in ('loss', 'perplexity', 'word_perplexity', 'bits_per_byte')}
         return means | dict(nats=self.nats, tokens=self.tokens, words=self.words, bytes=self.bytes)
 
+    def __str__(self):
+        means = f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f} per token, {self.word_perplexity:.2f} per word, {self.bits_per_byte:.4f} bits per byte"
+        return f"{means}; {self.tokens:,} tokens, {self.words:,} words, {self.bytes:,} bytes"
+
 # %% ../nbs/06_metrics.ipynb #9a5448cf
 def _rows(R):
     "The matrix, if every stage has a score for each domain learned so far"
