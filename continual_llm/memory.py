@@ -34,7 +34,7 @@ def reservoir(
     spans:np.ndarray, # (pieces,2) as `pieces` gives them
     budget:int,       # tokens to keep at most; at least 1
     seed:int=0,       # other seeds, other pieces
-)->np.ndarray:        # (kept,2) in the order of the text; the beginning of one, where no whole one fits
+)->np.ndarray:        # (kept,2) in the order of the text; a beginning, where the first one drawn does not fit
     "A drawn sample of pieces within a budget of tokens"
     order = numpy_generator(seed, 'reservoir').permutation(len(spans))
     sizes = spans[order,1] - spans[order,0]
