@@ -9,6 +9,7 @@ __all__ = ['next_token_nats', 'keep_mask', 'Dropout']
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from .core import one_of
 
 # %% ../nbs/03a_ops.ipynb #30ff0551
@@ -45,6 +46,7 @@ class _SummedNats(torch.autograd.Function):
         return nats.sum()
 
     @staticmethod
+    @once_differentiable  # a second derivative is refused, where it would be wrong in silence
     def backward(ctx, factor):
         dh, dw = ctx.saved_tensors
         return dh*factor, dw*factor, None, None
