@@ -81,7 +81,8 @@ class Redrawn:
 class _Line:
     "Enough of a file for tqdm: hands each line it draws to `show`"
     def __init__(self, show): self.show = show
-    def write(self, text): (line := text.strip('\r\n ')) and self.show(line)
+    def write(self, text):
+        if line := text.strip('\r\n '): self.show(line)
     def flush(self): pass
 
 def _bar(total, done):
@@ -145,7 +146,7 @@ def _json_line(record):
 
 # %% ../nbs/07_monitor.ipynb #beb842ba
 class JsonLines:
-    "One JSON object per line and record, on disk at once"
+    "One JSON object per line and record, written at once"
     def __init__(self,
         path, # the file, such as `metrics.jsonl` in the run folder
     ): self.path, self.behind = Path(path), False
