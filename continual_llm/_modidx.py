@@ -134,6 +134,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'continual_llm.checkpoint.run_lock': ('checkpoint.html#run_lock', 'continual_llm/checkpoint.py')},
             'continual_llm.cli': { 'continual_llm.cli._Parser': ('cli.html#_parser', 'continual_llm/cli.py'),
                                    'continual_llm.cli._Parser.error': ('cli.html#_parser.error', 'continual_llm/cli.py'),
+                                   'continual_llm.cli._Parser.exit': ('cli.html#_parser.exit', 'continual_llm/cli.py'),
+                                   'continual_llm.cli._ending': ('cli.html#_ending', 'continual_llm/cli.py'),
                                    'continual_llm.cli._kind': ('cli.html#_kind', 'continual_llm/cli.py'),
                                    'continual_llm.cli._load': ('cli.html#_load', 'continual_llm/cli.py'),
                                    'continual_llm.cli.add_flags': ('cli.html#add_flags', 'continual_llm/cli.py'),

@@ -38,6 +38,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
+    def exit(self, status=0, message=None):
+        sys.stdout.flush()  # the help may be longer than its reader stays
+        super().exit(status, message)
+
 def parse(
     prog:str,   # what the command is called
     function,   # its function
@@ -113,16 +117,26 @@ def run_command(
     if argv[0] in ('train-tokenizer', 'evaluate'): print(result)
     return 128 + signal.Signals[stopped] if stopped in ('SIGINT', 'SIGTERM') else 0
 
+# %% ../nbs/20_cli.ipynb #ecab1967
+def _ending(argv):
+    "The exit code of a command, and what there is to say about it"
+    try:
+        code = run_command(argv)
+        sys.stdout.flush()  # a reader who has left is met here, and not while the interpreter ends
+        return code, ''
+    except UserError as e: return 2, e
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0, ''        # the reader had enough: not an error
+    except OSError as e: return 1, e
+    except KeyboardInterrupt: return 130, 'interrupted; what was saved before stands'
+
 def main(
     argv:list|None=None, # the words after `continual-llm`; left out, the process's own
 )->None:
     "The console command"
-    code, line = 0, ''
-    warnings.showwarning = lambda message, *place: print(f"continual-llm: note: {message}", file=sys.stderr)
-    try: code = run_command(sys.argv[1:] if argv is None else argv)
-    except UserError as e: code, line = 2, e
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: not an error
-    except OSError as e: code, line = 1, e
-    except KeyboardInterrupt: code, line = 130, 'interrupted before training began; nothing was changed'
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *place: print(f"continual-llm: note: {message}", file=sys.stderr)
+        code, line = _ending(sys.argv[1:] if argv is None else argv)
     if line: print(f"continual-llm: {' '.join(str(line).split())}", file=sys.stderr)
     sys.exit(int(code))
