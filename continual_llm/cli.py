@@ -93,7 +93,8 @@ COMMANDS = {  # name -> (what describes its flags, what runs it)
     'train-tokenizer': ('continual_llm.tokenizer:train_tokenizer', None),
     'pretrain': ('continual_llm.train:pretrain', 'continual_llm.cli:pretrain_command'),
     'generate': ('continual_llm.cli:generate_command', None),
-    'evaluate': ('continual_llm.evaluate:evaluate', None)}
+    'evaluate': ('continual_llm.evaluate:evaluate', None),
+    'verify-resume': ('continual_llm.verify:verify_resume', None)}
 
 def usage()->str:
     "What `continual-llm` alone prints"
@@ -114,7 +115,8 @@ def run_command(
     given = parse(f'continual-llm {argv[0]}', function, argv[1:])
     result = (_load(runs) if runs else function)(**given)
     stopped = getattr(result, 'stopped', '')
-    if argv[0] in ('train-tokenizer', 'evaluate'): print(result)
+    if argv[0] in ('train-tokenizer', 'evaluate', 'verify-resume'): print(result)
+    if not getattr(result, 'identical', True): return 1
     return 128 + signal.Signals[stopped] if stopped in ('SIGINT', 'SIGTERM') else 0
 
 # %% ../nbs/20_cli.ipynb #ecab1967
