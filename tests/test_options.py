@@ -1,0 +1,475 @@
+"Every option does what its comment says: each is changed alone, and what follows is checked against a value worked out by hand"
+import inspect, json, math
+from dataclasses import fields
+import pytest
+import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+from continual_llm.cli import generate_command, main
+from continual_llm.core import UserError, multiplies_bf16, seed_everything
+from continual_llm.evaluate import evaluate
+from continual_llm.generate import Sampling, generate, load_model
+from continual_llm.model import ContinualLLM, ModelConfig, model_config
+from continual_llm.tokenizer import Tokenizer, train_tokenizer
+from continual_llm.train import pretrain
+
+WORDS = 'cat horse hen fox owl elephant mat log hillside road'.split()
+LINES = [f'the {a} sat on the {b} and saw the {c} .\n\n' for a in WORDS for b in WORDS for c in WORDS[:3]]
+SHAPE = dict(d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=32, max_seq_len=16, dropout=0.)
+BASE = dict(batch_size=2, grad_accumulation=1, learning_rate=.01, warmup_steps=0, max_steps=3, precision='fp32', device='cpu', quiet=True)
+pytestmark = pytest.mark.filterwarnings('ignore:the text passes max_seq_len')
+STILL = 1e-30  # a learning rate that leaves fp32 weights as they are
+
+SHOWN = {}     # function -> option -> the test that shows what it does
+
+
+def shows(function, *names):
+    "Mark a test as the one that shows what some options of a function do"
+    def mark(test):
+        for name in names: SHOWN.setdefault(function, {})[name] = test.__name__
+        return test
+    return mark
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "Texts, a tokenizer and a model's shape"
+    home = tmp_path_factory.mktemp('options')
+    (home/'text.txt').write_text(''.join(LINES))
+    (home/'few.txt').write_text(''.join(LINES[:10]))
+    (home/'shape.yaml').write_text('\n'.join(f'{k}: {v}' for k, v in SHAPE.items()))
+    records = [dict(text=line, body='a word of another field\n') for line in LINES[:60]]
+    (home/'records.jsonl').write_text('\n'.join(map(json.dumps, records)) + '\n')
+    train_tokenizer(home/'text.txt', vocab_size=300, save=home/'tok')
+    return home
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    "Most of a tiny run's time is its picture, which has tests of its own"
+    monkeypatch.setattr('continual_llm.train.save_curve', lambda history, path: None)
+
+
+@pytest.fixture
+def train(home, tmp_path):
+    "A short run with some options otherwise, each in a folder of its own"
+    made = []
+    def run(**changes):
+        made.append(tmp_path/f'run{len(made)}')
+        asked = dict(BASE, data=str(home/'text.txt'), config=str(home/'shape.yaml'), tokenizer=str(home/'tok'), cache=str(home/'cache'), save_dir=str(made[-1]))
+        return pretrain(**{**asked, **changes})
+    return run
+
+
+def steps(run, name): return run.history.column('step', name)
+
+
+def evals(run, name): return run.history.column('eval', name)
+
+
+def newest(run): return torch.load(run.folder/'final'/'model.pt')['model_state_dict']
+
+
+def weights_at_birth(seed=0):
+    "What a run begins with, made here"
+    seed_everything(seed, 'weights')
+    return ContinualLLM(ModelConfig(**SHAPE, vocab_size=300)).state_dict()
+
+
+def one_step(train, **changes):
+    "Weights after one step, less those before it, at a rate of 0.01"
+    before, after = weights_at_birth(), newest(train(max_steps=1, **changes))
+    return {name: after[name] - before[name] for name in before}
+
+
+# ---- pretrain: the texts ----
+
+@shows(pretrain, 'data')
+def test_data(train, home):
+    tok = Tokenizer.load(home/'tok')
+    run = train(data=str(home/'few.txt'), val_data=str(home/'text.txt'), epochs=1, max_steps=0)
+    n = len(tok.encode((home/'few.txt').read_text()))
+    assert sum(steps(run, 'tokens')) == n//16 * 16
+
+
+@shows(pretrain, 'val_data')
+def test_val_data(train, home):
+    text = (home/'few.txt').read_text()
+    run = train(val_data=str(home/'few.txt'))
+    assert evals(run, 'bytes') == [len(text)] and evals(run, 'words') == [len(text.split()) + text.count('\n')]
+
+
+@shows(pretrain, 'val_split')
+def test_val_split(train, home):
+    size = (home/'text.txt').stat().st_size
+    for share, given in ((.1, {}), (.3, dict(val_split=.3))):
+        held, = evals(train(**given), 'bytes')
+        assert math.isclose(held/size, share, abs_tol=.04)
+
+
+@shows(pretrain, 'tokenizer', 'vocab_size')
+def test_tokenizer(train, home):
+    given, own = train(), train(tokenizer=None, vocab_size=285)
+    assert given.tokenizer.hash == Tokenizer.load(home/'tok').hash and given.model.config.vocab_size == 300
+    assert len(own.tokenizer) == own.model.config.vocab_size == 285 and Tokenizer.load(own.folder/'tokenizer').hash == own.tokenizer.hash
+
+
+@shows(pretrain, 'field')
+def test_field(train, home):
+    runs = [train(data=str(home/'records.jsonl'), val_data=str(home/'records.jsonl'), field=f) for f in ('text', 'body')]
+    assert [evals(r, 'bytes')[0] for r in runs] == [sum(map(len, LINES[:60])), 60*len('a word of another field\n')]
+
+
+@shows(pretrain, 'cache')
+def test_cache(train, home, tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'user'))
+    train(cache=str(tmp_path/'mine'))
+    assert len(list((tmp_path/'mine').glob('*.tokens'))) == 2 and not (tmp_path/'user').exists()
+    train(cache=None)
+    assert {p.name for p in (tmp_path/'user'/'continual_llm').glob('*.tokens')} == {p.name for p in (tmp_path/'mine').glob('*.tokens')}
+
+
+# ---- pretrain: the model ----
+
+@shows(pretrain, 'config')
+def test_config(train):
+    assert train().model.config == ModelConfig(**SHAPE, vocab_size=300)
+    assert train(config='tiny', max_steps=1).model.config == model_config('tiny', vocab_size=300)
+
+
+@shows(pretrain, 'max_seq_len')
+def test_max_seq_len(train):
+    runs = train(), train(max_seq_len=24)
+    assert [r.model.config.max_seq_len for r in runs] == [16, 24] and [steps(r, 'tokens')[0] for r in runs] == [2*16, 2*24]
+
+
+@shows(pretrain, 'dropout')
+def test_dropout(train):
+    "Training sees it, validation does not"
+    off, on = train(learning_rate=STILL), train(learning_rate=STILL, dropout=.5)
+    assert on.model.config.dropout == .5 and steps(off, 'loss')[0] != steps(on, 'loss')[0] and evals(off, 'loss') == evals(on, 'loss')
+
+
+# ---- pretrain: the steps ----
+
+@shows(pretrain, 'epochs', 'max_steps')
+def test_epochs_and_max_steps(train, home):
+    few = dict(data=str(home/'few.txt'), val_data=str(home/'few.txt'))
+    one, two, cut = train(**few, epochs=1, max_steps=0), train(**few, epochs=2, max_steps=0), train(**few, epochs=2, max_steps=3)
+    n = len(steps(one, 'loss'))
+    assert n > 3 and len(steps(two, 'loss')) == 2*n and steps(cut, 'step') == [0, 1, 2]
+    assert (evals(two, 'step'), evals(two, 'epoch')) == ([n, 2*n], [1, 2]) and evals(cut, 'step') == [3]
+
+
+@shows(pretrain, 'batch_size', 'grad_accumulation')
+def test_batch_size_and_accumulation(train):
+    "Four blocks are four blocks, however they are passed"
+    two, four, twice = train(), train(batch_size=4), train(grad_accumulation=2)
+    assert [steps(r, 'tokens')[0] for r in (two, four, twice)] == [2*16, 4*16, 4*16]
+    assert steps(four, 'loss') == pytest.approx(steps(twice, 'loss'), abs=1e-5) and steps(two, 'loss') != pytest.approx(steps(four, 'loss'), abs=1e-3)
+
+
+@pytest.mark.parametrize('limit', [1, 2])
+@shows(pretrain, 'batch_size')
+def test_micro_batches(train, limit):
+    "`batch_size` is what goes through the model at once"
+    seen = []
+    hook = register_module_forward_pre_hook(lambda m, x: seen.append(len(x[0])) if isinstance(m, ContinualLLM) and m.training else None)
+    try: train(batch_size=limit, grad_accumulation=4//limit, max_steps=1)
+    finally: hook.remove()
+    assert seen == [limit]*(4//limit)
+
+
+@shows(pretrain, 'learning_rate')
+def test_learning_rate(train):
+    once, twice = one_step(train), one_step(train, learning_rate=.02)
+    assert max(d.abs().max() for d in once.values()) > .005
+    for name in once: torch.testing.assert_close(twice[name], 2*once[name], atol=1e-6, rtol=1e-4)
+
+
+@shows(pretrain, 'warmup_steps')
+def test_warmup_steps(train):
+    "Step s of w rising ones is at (s+1)/(w+1) of the peak; the descent ends at a tenth"
+    run = train(warmup_steps=4, max_steps=50)
+    assert steps(run, 'lr')[:5] == pytest.approx([.01*(s+1)/5 for s in range(5)]) and steps(run, 'lr')[-1] == pytest.approx(.001, rel=.02)
+    assert steps(train(warmup_steps=0), 'lr')[0] == .01
+
+
+@shows(pretrain, 'optimizer')
+def test_optimizer(train):
+    "AdamW first moves every number by the rate; Muon moves a matrix by an orthogonal one, but for directions without gradient"
+    for name, d in one_step(train, weight_decay=0.).items():
+        if 'norm' not in name: assert (d.abs() - .01).abs().median() < 1e-4
+    d = one_step(train, weight_decay=0., optimizer='muon')
+    for name in (n for n in d if d[n].ndim == 2 and 'embed' not in n):
+        sizes = torch.linalg.svdvals(d[name]) / (.01 * .2*max(d[name].shape)**.5)
+        assert .6 < sizes.max() < 1.4
+
+
+@shows(pretrain, 'weight_decay')
+def test_weight_decay(train):
+    "A matrix loses rate times decay of itself per step, a vector nothing"
+    before, without, with_it = weights_at_birth(), one_step(train, weight_decay=0.), one_step(train, weight_decay=.5)
+    for name in before:
+        lost = .01*.5*before[name] if before[name].ndim == 2 else 0*before[name]
+        torch.testing.assert_close(without[name] - with_it[name], lost, atol=1e-6, rtol=1e-3)
+
+
+@shows(pretrain, 'max_grad_norm')
+def test_max_grad_norm(train):
+    "AdamW divides a gradient by its size plus 1e-8, so a gradient cut to 1e-10 moves nothing by more than a hundredth of the rate"
+    free, loose, cut = [one_step(train, weight_decay=0., max_grad_norm=n) for n in (0., 1e9, 1e-10)]
+    for name in free:
+        assert torch.equal(free[name], loose[name]) and cut[name].abs().max() <= 1.1e-4
+    assert max(d.abs().max() for d in free.values()) > .009
+
+
+@shows(pretrain, 'seed')
+def test_seed(train):
+    a, again, other = train(), train(), train(seed=1)
+    assert steps(a, 'loss') == steps(again, 'loss') and evals(a, 'loss') == evals(again, 'loss')
+    assert not set(steps(a, 'loss')) & set(steps(other, 'loss')) and evals(a, 'bytes') != evals(other, 'bytes')
+    still = newest(train(seed=1, learning_rate=STILL, weight_decay=0.))
+    for name, w in weights_at_birth(1).items(): assert torch.equal(w, still[name])
+
+
+# ---- pretrain: the machine ----
+
+@shows(pretrain, 'device')
+def test_device(train, monkeypatch):
+    "The CPU when asked for, though `auto` would take what looks like another device"
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    assert {p.device.type for p in train(device='cpu').model.parameters()} == {'cpu'}
+    with pytest.raises((RuntimeError, NotImplementedError, AssertionError)): train(device='auto')
+
+
+@shows(pretrain, 'precision')
+def test_precision(train):
+    losses = {p: steps(train(precision=p), 'loss') for p in ('fp32', 'bf16', 'auto')}
+    assert losses['fp32'] != losses['bf16'] and losses['fp32'] == pytest.approx(losses['bf16'], rel=.02)
+    assert losses['auto'] == losses['bf16' if multiplies_bf16('cpu') else 'fp32']
+
+
+@shows(pretrain, 'deterministic')
+def test_deterministic(train):
+    seen = []
+    hook = register_module_forward_pre_hook(lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()))
+    try:
+        for asked in (False, True):
+            seen.clear()
+            train(deterministic=asked)
+            assert seen and set(seen) == {asked}
+    finally: hook.remove()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+# ---- pretrain: looking and stopping ----
+
+@shows(pretrain, 'eval_every')
+def test_eval_every(train):
+    assert evals(train(max_steps=5), 'step') == [5] and evals(train(max_steps=5, eval_every=2), 'step') == [2, 4, 5]
+
+
+@shows(pretrain, 'eval_tokens')
+def test_eval_tokens(train, home):
+    tok, text = Tokenizer.load(home/'tok'), (home/'few.txt').read_text()
+    part = tok.decode(tok.encode(text)[:50])
+    run, whole = [train(val_data=str(home/'few.txt'), eval_tokens=n) for n in (50, 0)]
+    assert evals(run, 'tokens') == [50] and evals(run, 'bytes') == [len(part)] and evals(whole, 'tokens') == [len(tok.encode(text))]
+
+
+@shows(pretrain, 'early_stopping_patience')
+def test_early_stopping_patience(train):
+    "A model that stands still is best at the first look and no better at any later one"
+    for patience, last in ((1, 2), (2, 3), (0, 5)):
+        run = train(learning_rate=STILL, eval_every=1, max_steps=5, early_stopping_patience=patience)
+        assert (evals(run, 'step')[-1], run.stopped) == (last, 'early stopping' if patience else '')
+
+
+@shows(pretrain, 'max_time')
+def test_max_time(train):
+    run = train(max_time=1e-9, max_steps=5)
+    assert run.stopped == 'max_time' and len(steps(run, 'loss')) < 5 and not evals(run, 'loss')
+    assert train(max_time=60.).stopped == ''
+
+
+# ---- pretrain: the folder ----
+
+@shows(pretrain, 'keep_epochs')
+def test_keep_epochs(train, home):
+    few = dict(data=str(home/'few.txt'), val_data=str(home/'few.txt'), epochs=3, max_steps=0)
+    for n, kept in ((0, [1, 2, 3]), (1, [3]), (2, [2, 3])):
+        run = train(**few, keep_epochs=n)
+        assert sorted(p.name for p in run.folder.glob('epoch_*')) == [f'epoch_{i}' for i in kept] and (run.folder/'best'/'checkpoint.pt').is_file()
+
+
+@shows(pretrain, 'save_every')
+def test_save_every(train):
+    def states(**given): return [int(p.stem) for p in sorted((train(max_steps=5, **given).folder/'last').glob('*.pt'))]
+    assert states() == [5] and states(save_every=3) == [3, 5] and states(save_every=4) == [4, 5]
+
+
+@shows(pretrain, 'save_dir')
+def test_save_dir(train, tmp_path):
+    run = train(save_dir=str(tmp_path/'a'/'b'))
+    assert run.folder == tmp_path/'a'/'b' and (run.folder/'best'/'checkpoint.pt').is_file()
+
+
+@shows(pretrain, 'resume', 'overwrite')
+def test_resume_and_overwrite(train, tmp_path):
+    place = dict(save_dir=str(tmp_path/'run'), max_steps=4)
+    whole, left = train(max_steps=4), train(**place, save_every=2, max_time=1e-9)
+    assert left.stopped
+    with pytest.raises(UserError, match='already holds a run'): train(**place)
+    assert steps(train(**place, resume=True), 'loss') == steps(whole, 'loss')
+    fresh = train(**place, overwrite=True, seed=1)
+    assert len(steps(fresh, 'loss')) == 4 and steps(fresh, 'loss') != steps(whole, 'loss')
+
+
+@shows(pretrain, 'quiet')
+def test_quiet(train, capfd):
+    train()
+    assert capfd.readouterr() == ('', '')
+    train(quiet=False)
+    assert 'Training complete!' in capfd.readouterr().out
+
+
+# ---- evaluate ----
+
+@pytest.fixture(scope='module')
+def made(home):
+    "A run that has learned a little"
+    return pretrain(**dict(BASE, data=str(home/'text.txt'), config=str(home/'shape.yaml'), tokenizer=str(home/'tok'), cache=str(home/'cache'), epochs=20, max_steps=150,
+                           save_dir=str(home/'made')))
+
+
+@pytest.fixture
+def score(home, made):
+    def run(**changes): return evaluate(**{**dict(model=made.folder, data=home/'few.txt', device='cpu', precision='fp32', cache=home/'cache'), **changes})
+    return run
+
+
+@shows(evaluate, 'model', 'data', 'field')
+def test_what_is_evaluated(score, home, made, train):
+    assert score().bytes == (home/'few.txt').stat().st_size and score(data=home/'text.txt').bytes == (home/'text.txt').stat().st_size
+    assert [score(data=home/'records.jsonl', field=f).bytes for f in ('text', 'body')] == [sum(map(len, LINES[:60])), 60*24]
+    assert score(model=train(learning_rate=STILL).folder).loss > score().loss + 1
+
+
+@shows(evaluate, 'tokenizer')
+def test_evaluate_tokenizer(score, home, tmp_path):
+    train_tokenizer(home/'text.txt', vocab_size=285, save=tmp_path/'other')
+    assert score(tokenizer=home/'tok').nats == score().nats
+    with pytest.raises(UserError, match='was trained with'): score(tokenizer=tmp_path/'other')
+
+
+@shows(evaluate, 'context', 'stride', 'batch_size', 'precision')
+def test_how_it_is_evaluated(score, made, home):
+    "Against windows cut by hand; plain blocks do not overlap, the last one neither"
+    ids = [made.tokenizer.bos_id] + made.tokenizer.encode((home/'few.txt').read_text())
+    def nats(context, stride):
+        "Minus the log probability of the whole text, by plain slices"
+        total, end = 0., 0
+        while end < len(ids)-1:
+            new = min(context if not end else stride, len(ids)-1-end)
+            start = end if stride == context else max(0, end + new - context)
+            with torch.no_grad(): logp = made.model(torch.tensor([ids[start:end+new]]))[0].double().log_softmax(-1)
+            total -= logp[range(-new, 0), ids[end+1:end+new+1]].sum().item()
+            end += new
+        return total
+    for context, stride in ((16, 16), (8, 8), (16, 1), (4, 2)):
+        assert score(context=context, stride=0 if stride == context else stride).nats == pytest.approx(nats(context, stride), rel=1e-5)
+    assert score(batch_size=1).nats == pytest.approx(score(batch_size=5).nats, rel=1e-6)
+    assert score(precision='bf16').nats != score().nats and score(precision='bf16').nats == pytest.approx(score().nats, rel=.02)
+    assert score(precision='auto').nats == score(precision='bf16' if multiplies_bf16('cpu') else 'fp32').nats
+
+
+@pytest.mark.parametrize('n', [1, 3])
+@shows(evaluate, 'batch_size')
+def test_windows_at_once(score, n):
+    seen = []
+    hook = register_module_forward_pre_hook(lambda m, x: seen.append(len(x[0])) if isinstance(m, ContinualLLM) else None)
+    try: score(batch_size=n)
+    finally: hook.remove()
+    assert max(seen) == n
+
+
+@shows(evaluate, 'device', 'cache')
+def test_where_it_is_evaluated(score, tmp_path, monkeypatch):
+    score(cache=tmp_path/'mine')
+    assert len(list((tmp_path/'mine').glob('*.tokens'))) == 1
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    with pytest.raises((RuntimeError, NotImplementedError, AssertionError)): score(device='auto')
+
+
+# ---- train_tokenizer ----
+
+@shows(train_tokenizer, 'data', 'field', 'vocab_size', 'save', 'overwrite', 'model_type', 'markers', 'sample_bytes')
+def test_tokenizer_options(home, tmp_path):
+    text, records, save = home/'text.txt', home/'records.jsonl', tmp_path/'tok'
+    made = train_tokenizer(text, 290, save=save)
+    assert len(made) == 290 and Tokenizer.load(save).hash == made.hash
+    with pytest.raises(UserError, match='holds a tokenizer already'): train_tokenizer(text, 285, save=save)
+    assert Tokenizer.load(save).hash != train_tokenizer(text, 285, save=save, overwrite=True).hash == Tokenizer.load(save).hash
+    assert len(made.encode('horse')) > 1 and len(train_tokenizer(text, 300).encode(' the')) < len(train_tokenizer(text, 285).encode(' the'))
+    assert train_tokenizer(text, 285, model_type='unigram').model != train_tokenizer(text, 285).model
+    assert [len(train_tokenizer(text, 290, markers=m).encode('<num>')) for m in ('none', '<num>')] == [5, 1]
+    body, field = train_tokenizer(records, 285, field='body'), train_tokenizer(records, 285)
+    assert len(body.encode('field')) < len(field.encode('field'))
+    assert train_tokenizer(text, 290, sample_bytes=1000).model != made.model
+
+
+# ---- generate, and the command of that name ----
+
+@shows(generate, 'model', 'tokenizer', 'prompt', 'max_tokens')
+def test_generate(made):
+    def write(prompt, n, **more): return generate(made.model, made.tokenizer, prompt, n, temperature=0, **more)
+    assert len(made.tokenizer.encode(write('the cat', 5))) <= 5 and write('the cat', 9).startswith(write('the cat', 5))
+    ids = made.tokenizer.encode('the cat')
+    with torch.no_grad(): first = made.model(torch.tensor([[made.tokenizer.bos_id] + ids]))[0, -1].argmax().item()
+    assert write('the cat', 1) == made.tokenizer.decode([first])
+
+
+FLAGS = dict(prompt='the owl', max_tokens=3, temperature=2., top_k=1, top_p=.01, repetition_penalty=5., stop='t', forbid='s', seed=5)
+
+
+@pytest.mark.parametrize('name', FLAGS)
+@shows(generate, *(set(FLAGS) - {'prompt', 'max_tokens'}))
+@shows(generate_command, *FLAGS)
+def test_generate_flags(made, capsys, name):
+    "A flag says what the parameter of that name says, and changes the text"
+    def text(**given):
+        with pytest.raises(SystemExit): main(['generate', '--model', str(made.folder), '--device', 'cpu'] + [str(w) for k, v in given.items() for w in (f'--{k}', v)])
+        return capsys.readouterr().out
+    usual = dict(prompt='the cat', max_tokens=30)
+    asked = {**usual, name: FLAGS[name]}
+    assert text(**asked) == asked['prompt'] + generate(made.model, made.tokenizer, **asked) + '\n' != text(**usual)
+
+
+@shows(generate_command, 'model', 'tokenizer', 'device')
+def test_generate_places(made, home, tmp_path, capsys, monkeypatch):
+    def call(*argv):
+        with pytest.raises(SystemExit) as stop: main(['generate', '--model', str(made.folder), '--max_tokens', '5', *argv])
+        return stop.value.code, capsys.readouterr().err
+    train_tokenizer(home/'text.txt', vocab_size=285, save=tmp_path/'other')
+    assert call('--device', 'cpu', '--tokenizer', str(home/'tok')) == (0, '')
+    code, line = call('--device', 'cpu', '--tokenizer', str(tmp_path/'other'))
+    assert code == 2 and 'was trained with' in line
+    assert call('--device', 'cpu', '--model', str(tmp_path/'none'))[0] == 2
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert call('--device', 'cuda')[0] == 2
+
+
+# ---- the table ----
+
+def options(function):
+    "Names of all that can be asked of a function"
+    names = {name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    return names | ({f.name for f in fields(Sampling)} if function is generate else set())
+
+
+@pytest.mark.parametrize('function', [pretrain, evaluate, train_tokenizer, generate, generate_command], ids=lambda f: f.__name__)
+def test_every_option_is_shown(function):
+    "A new option needs a test above that shows what it does"
+    assert set(SHOWN[function]) == options(function)
