@@ -11,7 +11,7 @@ import contextlib, errno, hashlib, io, os, pickletools, shutil, struct, zipfile
 from collections import OrderedDict
 from pathlib import Path
 import torch
-from .core import UserError, atomic_file, human_bytes, sync_folder
+from .core import UserError, as_path, atomic_file, human_bytes, sync_folder
 
 # %% ../nbs/07a_archive.ipynb #cec9c80c
 MAGIC = b'\x89CLLM\r\n\x1a'         # as in PNG, its line ends show a transfer in text mode
@@ -193,7 +193,7 @@ def load_object(
     unverified:bool=False, # load a file without a checksum too?
 ):                         # what was saved, on the CPU
     "Load what is, bit for bit, what was saved; nothing in the file can run"
-    path = Path(path)
+    path = as_path('path', path)
     if not path.is_file(): raise UserError(f"no file at {path}")
     with _one_line(path):
         data = _verified(path, _memory()//2 if cap is None else cap, unverified)

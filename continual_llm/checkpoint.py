@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from .archive import DamagedFile, StorageError, load_object, make_folder, plain, save_object
 from .archive import storage_failure, tensor_bytes, write_archive
-from .core import UserError, sync_folder
+from .core import UserError, as_path, sync_folder
 from .metrics import perplexity
 
 # %% ../nbs/08_checkpoint.ipynb #2af56fdb
@@ -55,7 +55,7 @@ def checkpoint_file(
     path, # a checkpoint, or a run folder, which stands for its best one
 )->Path:
     "The file that is meant, or what there is instead"
-    path = Path(path)
+    path = as_path('model', path)
     if path.is_dir(): path = next((p for p in (path/'checkpoint.pt', path/'model.pt') if p.is_file()), path/'best'/'checkpoint.pt')
     if path.is_file(): return path
     run = next((p for p in list(path.parents)[:2] if p.is_dir()), None)
@@ -78,7 +78,9 @@ def load_checkpoint(
 
 # %% ../nbs/08_checkpoint.ipynb #49d4d626
 def _is_weight(t): return type(t) is torch.Tensor and t.dtype is torch.float32 and t.is_contiguous()
-def _is_state(x): return type(x) in (dict, OrderedDict) and len(x) > 0 and all(type(n) is str and _is_weight(t) for n, t in x.items())
+def _is_state(x):
+    named = type(x) in (dict, OrderedDict) and len(x) > 0 and all(type(n) is str and _is_weight(t) for n, t in x.items())
+    return named and sum(t.nbytes for t in x.values()) <= 2*tensor_bytes(x)  # a table may serve twice; a small file must not stand for endless weights
 def _is_score(x): return x is None or type(x) in (int, float) and x == x  # not NaN
 _FORM = dict(config=lambda x: type(x) is dict, model_state_dict=_is_state, epoch=lambda x: type(x) is int and x >= 1,
              val_loss=_is_score, val_perplexity=_is_score, step=lambda x: type(x) is int and x >= 0, tokenizer_hash=lambda x: type(x) is str)

@@ -79,9 +79,10 @@ def generate_command(
     "Write on from a prompt"
     from continual_llm.generate import load_model, stream
     net, tok, _ = load_model(model, tokenizer, device)
+    pieces = stream(net, tok, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                    repetition_penalty=repetition_penalty, stop=stop or (), forbid=forbid or (), seed=seed)
     print(prompt, end='', flush=True)
-    for piece in stream(net, tok, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                        repetition_penalty=repetition_penalty, stop=stop or (), forbid=forbid or (), seed=seed): print(piece, end='', flush=True)
+    for piece in pieces: print(piece, end='', flush=True)
     print()
 
 # %% ../nbs/20_cli.ipynb #f6c606dd

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 import numpy as np
-from .core import UserError, atomic_file, human_bytes
+from .core import UserError, as_path, atomic_file, human_bytes
 from .source import Source, count_words
 
 # %% ../nbs/02_data.ipynb #592a109b
@@ -178,7 +178,7 @@ def cache_folder(
     cache=None, # a folder, or None for `$XDG_CACHE_HOME/continual_llm`, by default `~/.cache/continual_llm`
 )->Path:
     "The folder of token files, made if need be"
-    folder = Path(cache) if cache else Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'continual_llm'
+    folder = as_path('cache', cache) if cache else Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'continual_llm'
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f"cannot make the folder {folder} for token files ({e.strerror}); "
                                          "set XDG_CACHE_HOME to one that can be written") from None

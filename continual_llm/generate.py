@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from .attention import KVCache
 from .checkpoint import checkpoint_file, load_checkpoint
-from .core import UserError, in_range, numpy_generator, pick_device
+from .core import UserError, as_path, fields_in_range, in_range, numpy_generator, pick_device, shown
 from .model import ContinualLLM
 from .tokenizer import tokenizer_of
 
@@ -34,22 +34,23 @@ class Sampling:
     seed:int|tuple=0              # row r of a batch draws from (seed, r); several give each row its own
 
     def __post_init__(self):
-        in_range('max_tokens', self.max_tokens, 0, whole=True)
-        in_range('temperature', self.temperature, 0, 100, hint='0 takes the likeliest piece each time')
-        in_range('top_k', self.top_k, 0, whole=True, hint='0 keeps all pieces')
-        in_range('top_p', self.top_p, 0, 1, '(]', hint='1 keeps all pieces')
-        in_range('repetition_penalty', self.repetition_penalty, 0, 100, '(]', hint='1 turns it off')
+        fields_in_range(self, ['max_tokens'], 0, whole=True)
+        fields_in_range(self, ['temperature'], 0, 100, hint='0 takes the likeliest piece each time')
+        fields_in_range(self, ['top_k'], 0, whole=True, hint='0 keeps all pieces')
+        fields_in_range(self, ['top_p'], 0, 1, '(]', hint='1 keeps all pieces')
+        fields_in_range(self, ['repetition_penalty'], 0, 100, '(]', hint='1 turns it off')
         for name in ('stop', 'forbid'): object.__setattr__(self, name, _strings(name, getattr(self, name)))
-        if isinstance(self.seed, list): object.__setattr__(self, 'seed', tuple(self.seed))
-        for s in self.seed if isinstance(self.seed, tuple) else (self.seed,): in_range('seed', s, whole=True)
+        if not isinstance(self.seed, (list, tuple)): fields_in_range(self, ['seed'], whole=True)
+        else: object.__setattr__(self, 'seed', tuple(in_range('seed', s, whole=True) for s in self.seed))
 
 # %% ../nbs/10_generate.ipynb #903883e4
 def _strings(name, given):
     "One string or several, none of them empty, as a tuple"
     given = (given,) if isinstance(given, str) else given
-    if not isinstance(given, (list, tuple)): raise UserError(f"{name}={given!r} is neither a string nor a list of strings")
+    if not isinstance(given, (list, tuple)): raise UserError(f"{name}={shown(given)} is neither a string nor a list of strings")
     for s in given:
-        if not isinstance(s, str) or not s: raise UserError(f"{name}={given!r} holds {s!r}; give strings of at least one character")
+        if not isinstance(s, str) or not s.encode('utf-8', 'ignore'):
+            raise UserError(f"{name}={shown(given)} holds {shown(s)}; give strings of at least one character")
     return tuple(given)
 
 # %% ../nbs/10_generate.ipynb #2f563152
@@ -250,20 +251,22 @@ def banned_pieces(
     "Control pieces other than the end of a text, and the forbidden ones"
     data = [tokenizer.piece_bytes(i) for i in range(tokenizer.vocab_size)]
     for f in forbid:
-        if not any(f.encode() in d for d in data):
-            raise UserError(f"forbid={f!r} is in no piece of this tokenizer; give a marker that is one, such as '<unk>'")
+        if not any(f.encode('utf-8', 'replace') in d for d in data):
+            raise UserError(f"forbid={shown(f)} is in no piece of this tokenizer; give a marker that is one, such as '<unk>'")
     bad = [not d and i != tokenizer.eos_id or any(f.encode() in d for f in forbid) for i, d in enumerate(data)]
     return torch.tensor(bad)
 
 # %% ../nbs/10_generate.ipynb #41096e49
 def _prompt_rows(model, tokenizer, prompts):
     "Token ids of each prompt after `<s>`, which stood before the first token in training too"
+    if not hasattr(model, 'hidden'): raise UserError(f"model={shown(model)} is no model; make one of a checkpoint with `load_model`")
+    if not hasattr(tokenizer, 'encode_batch'): raise UserError(f"tokenizer={shown(tokenizer)} is no tokenizer; `load_model` gives the model's own")
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} pieces and the model {model.config.vocab_size}; "
                         "give the tokenizer that the model was trained with")
-    if not isinstance(prompts, (list, tuple)): raise UserError(f"prompt={prompts!r} is neither a string nor a list of strings")
+    if not isinstance(prompts, (list, tuple)): raise UserError(f"prompt={shown(prompts)} is neither a string nor a list of strings")
     for p in prompts:
-        if not isinstance(p, str): raise UserError(f"prompt={p!r} is not text; give a string or a list of strings")
+        if not isinstance(p, str): raise UserError(f"prompt={shown(p)} is not text; give a string or a list of strings")
     return [[tokenizer.bos_id] + ids for ids in tokenizer.encode_batch(list(prompts))]
 
 def _numbers(seed, n):
@@ -359,9 +362,9 @@ def load_model(
     device='auto',     # where the model will compute
 )->tuple:              # the model in evaluation mode, its tokenizer, the checkpoint's dictionary
     "A model ready to write or to be evaluated"
-    device, final = pick_device(device), Path(path)/'final'/'model.pt'
-    only_final = final.is_file() and not (Path(path)/'best'/'checkpoint.pt').is_file()
-    path = checkpoint_file(final if only_final else path)
+    device, path = pick_device(device), as_path('model', path)
+    only_final = (path/'final'/'model.pt').is_file() and not (path/'best'/'checkpoint.pt').is_file()
+    path = checkpoint_file(path/'final'/'model.pt' if only_final else path)
     checkpoint = load_checkpoint(path)
     tokenizer = tokenizer_of(path, tokenizer, checkpoint['tokenizer_hash'])
     try: return ContinualLLM.from_checkpoint(checkpoint).to(device), tokenizer, checkpoint

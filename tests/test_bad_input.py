@@ -170,7 +170,7 @@ YAML = {  # name -> (file, words the line must hold)
     'zero size': ('d_model: 0\n', ['d_model=0']),
     'negative size': ('n_layers: -2\n', ['n_layers=-2']),
     'width that does not divide': ('d_model: 66\nn_heads: 4\nn_kv_heads: 2\n', ['d_model=66']),
-    'no is False': ('n_layers: no\n', ['n_layers=False']),
+    'no is False': ('n_layers: no\n', ['n_layers=no', 'False']),
     'octal': ('n_layers: 012\n', ['n_layers', '012']),
     'empty': ('', ['bad.yaml', 'empty']),
     'a list': ('- 1\n- 2\n', ['bad.yaml']),

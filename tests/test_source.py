@@ -8,7 +8,7 @@ from continual_llm.source import LONGEST, Source, count_words
 
 GOOD = 'a first line\n\nthe third é 日本 line\nthe last'
 BAD = {  # file -> (bytes, words the line must hold)
-    'binary.txt': (bytes(range(256))*40, ['line 1', 'NUL']),
+    'binary.txt': (bytes(range(256))*40, ['line 1', 'binary data']),
     'late.txt': (b'fine\n'*100_000 + b'bad \0 line\n', ['line 100001', 'NUL']),
     'latin.txt': (b'fine\nbad \xe9t\xe9\n', ['line 2', 'byte 5', 'UTF-8', '0xe9']),
     'cut.txt': ('fine\nbad 日'.encode()[:-1], ['line 2', 'UTF-8']),
