@@ -2,9 +2,11 @@
 import os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
-from continual_llm import verify
+from continual_llm import nest, verify
 from continual_llm.cli import main
-from continual_llm.verify import Moment, Nest, verify_resume
+from continual_llm.compare import compare_runs
+from continual_llm.nest import Moment
+from continual_llm.verify import verify_resume
 
 TINY = dict(config='tiny', vocab_size=285, max_seq_len=16, batch_size=2, grad_accumulation=1, learning_rate=3e-3, max_steps=8, eval_every=4, save_every=2)
 FORGETS = '''
@@ -36,7 +38,7 @@ def text(tmp_path, monkeypatch):
 def words(text, **more): return ['verify-resume', '--data', str(text), *(str(w) for k, v in {**TINY, **more}.items() for w in (f'--{k}', v))]
 
 
-def broken(monkeypatch, patch): monkeypatch.setattr(verify, 'PROGRAM', verify.PROGRAM.replace('from continual_llm', f'exec({patch!r}); from continual_llm'))
+def broken(monkeypatch, patch): monkeypatch.setattr(nest, 'PROGRAM', nest.PROGRAM.replace('from continual_llm', f'exec({patch!r}); from continual_llm'))
 
 
 def left(text): return list((text.parent/'tmp').glob('verify-resume-*'))  # torch makes a cache of its own beside them
@@ -49,9 +51,9 @@ def test_a_forgotten_moment_is_found_and_named(text, monkeypatch, capsys):
     assert e.value.code == 1 and 'DIFFERENT' in out and str(folder) in out
     assert 'first state that differs: last/' in out and 'first record that differs: metrics.jsonl/' in out
     assert 'repeats itself to the bit' in out
-    places = [place for place, _ in verify.compare_runs(folder/'whole', folder/'killed').differences]
+    places = [place for place, _ in compare_runs(folder/'whole', folder/'killed').differences]
     assert 'last/optimizer/state/1/exp_avg' in places and 'last/model_state_dict/embed.weight' in places
-    assert not verify.compare_runs(folder/'whole', folder/'again').differences
+    assert not compare_runs(folder/'whole', folder/'again').differences
 
 
 def test_arithmetic_that_does_not_repeat_itself_is_told_apart(text, monkeypatch):
@@ -73,7 +75,7 @@ def test_a_right_resume_is_identical_and_nothing_is_left(text, capsys):
 
 def test_mistakes_are_one_line_and_leave_nothing(text, monkeypatch, capsys):
     "The last is found by the run itself, here a fresh process as where one that has imported torch must not go on as a copy"
-    broken(monkeypatch, 'import continual_llm.verify as v; v.FORKS = False')
+    broken(monkeypatch, 'import continual_llm.nest as n; n.FORKS = False')
     for more, said in ((dict(kills=0), 'kills=0'), (dict(kills=-3), 'kills=-3'), (dict(precison='bf16'), "did you mean '--precision'?"),
                        (dict(weight_decay=-1), 'weight_decay=-1')):
         with pytest.raises(SystemExit) as e: main(words(text, **more))
