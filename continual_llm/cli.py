@@ -10,8 +10,10 @@ import argparse, importlib, inspect, os, signal, sys, warnings
 from .core import UserError, nearest
 
 # %% ../nbs/20_cli.ipynb #b65de536
+_SHOWN = {int: 'INT', float: 'FLOAT', str: 'TEXT'}  # what follows a flag, in the help
+
 def _kind(annotation, default):
-    "How a flag's text becomes a value"
+    "What a flag's text becomes"
     options = getattr(annotation, '__args__', (annotation,))
     return next((t for t in (bool, int, float) if t in options or (annotation is inspect.Parameter.empty and type(default) is t)), str)
 
@@ -28,8 +30,8 @@ def add_flags(
         text = (help.get(name) or '').replace('%', '%%')
         if kind is bool: parser.add_argument(f'--{name}', action='store_true', default=argparse.SUPPRESS, help=text)
         else:
-            shown = '' if needed or p.default in (None, '') else f" (default: {p.default})"
-            parser.add_argument(f'--{name}', type=kind, required=needed, default=argparse.SUPPRESS, metavar=name.upper(), help=text + shown)
+            shown = ' (required)' if needed else '' if p.default in (None, '') else f" (default: {p.default})"
+            parser.add_argument(f'--{name}', type=kind, required=needed, default=argparse.SUPPRESS, metavar=_SHOWN[kind], help=text + shown)
     return parser
 
 # %% ../nbs/20_cli.ipynb #c6c42723
@@ -48,7 +50,7 @@ def parse(
     argv:list,  # the words after the command's name
 )->dict:        # the arguments that were given, by name
     "The words of a command line as arguments of its function"
-    parser = add_flags(_Parser(prog, description=inspect.getdoc(function), allow_abbrev=False), function)
+    parser = add_flags(_Parser(prog, usage='%(prog)s [--flag value ...]', description=inspect.getdoc(function), allow_abbrev=False), function)
     flags = [s for a in parser._actions for s in a.option_strings]
     for word in argv:
         name = word.split('=')[0]
@@ -90,16 +92,16 @@ def _load(path):
     module, name = path.split(':')
     return getattr(importlib.import_module(module), name)
 
-COMMANDS = {  # name -> (what describes its flags, what runs it)
-    'train-tokenizer': ('continual_llm.tokenizer:train_tokenizer', None),
-    'pretrain': ('continual_llm.train:pretrain', 'continual_llm.cli:pretrain_command'),
-    'generate': ('continual_llm.cli:generate_command', None),
-    'evaluate': ('continual_llm.evaluate:evaluate', None),
-    'verify-resume': ('continual_llm.verify:verify_resume', None)}
+COMMANDS = {  # name -> (what it is for, what describes its flags, what runs it)
+    'train-tokenizer': ('learn a vocabulary from a text', 'continual_llm.tokenizer:train_tokenizer', None),
+    'pretrain': ('train a model on a text', 'continual_llm.train:pretrain', 'continual_llm.cli:pretrain_command'),
+    'generate': ('let a model write on from a prompt', 'continual_llm.cli:generate_command', None),
+    'evaluate': ('measure a model on a text', 'continual_llm.evaluate:evaluate', None),
+    'verify-resume': ('kill a run of yours at random moments and compare', 'continual_llm.verify:verify_resume', None)}
 
 def usage()->str:
     "What `continual-llm` alone prints"
-    return ("usage: continual-llm COMMAND [--flag value ...]\n\n  " + '\n  '.join(COMMANDS) +
+    return ("usage: continual-llm COMMAND [--flag value ...]\n\n  " + '\n  '.join(f'{name:<17}{what}' for name, (what, *_) in COMMANDS.items()) +
             "\n\n`continual-llm COMMAND --help` lists a command's flags; `continual-llm pretrain` alone trains a small model in about two minutes.")
 
 # %% ../nbs/20_cli.ipynb #45af8022
@@ -111,7 +113,7 @@ def run_command(
         print(usage())
         return 0
     if argv[0] not in COMMANDS: raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; the commands are {', '.join(COMMANDS)}")
-    described, runs = COMMANDS[argv[0]]
+    _, described, runs = COMMANDS[argv[0]]
     function = _load(described)
     given = parse(f'continual-llm {argv[0]}', function, argv[1:])
     result = (_load(runs) if runs else function)(**given)
