@@ -149,6 +149,11 @@ def test_readme_has_the_two_commands():
     assert re.search(r'^pip install .*&& continual-llm pretrain$', readme, re.M) and re.search(r'^pip install .*&& pytest$', readme, re.M)
 
 
+def test_home_page_names_every_page():
+    index = '\n'.join(cells(ROOT/'nbs'/'index.ipynb', 'markdown'))
+    assert [p.stem for p in PAGES if f'| `{p.stem}` |' not in index] == []
+
+
 def test_readme_is_the_home_page():
     from tests.readme import PICTURES, readme
     text, pictures = readme()
