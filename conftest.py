@@ -30,7 +30,7 @@ class Page(pytest.File):
     def collect(self):
         from execnb.nbio import read_nb
         from nbdev.config import get_config
-        flags = get_config(self.config.rootpath).tst_flags.split()
+        flags = get_config(path=self.config.rootpath).tst_flags.split()
         cells = [c for c in read_nb(self.path).cells if c.cell_type == 'code' and c.source.strip()]
         for i, cell in enumerate(cells):
             if not _skipped(cell, flags): yield Cell.from_parent(self, name=f'cell{i+1}', source=cell.source)

@@ -149,6 +149,14 @@ def test_readme_has_the_two_commands():
     assert re.search(r'^pip install .*&& continual-llm pretrain$', readme, re.M) and re.search(r'^pip install .*&& pytest$', readme, re.M)
 
 
+def test_slow_cells_are_passed_over(request):
+    "Pytest reads the flags of settings.ini: what takes minutes is left to whoever asks for it"
+    from conftest import Page
+    page = ROOT/'nbs'/'index.ipynb'
+    assert any('#| slow' in s for s in cells(page))
+    assert not [c.name for c in Page.from_parent(request.session, path=page).collect() if '#| slow' in c.source]
+
+
 def test_home_page_names_every_page():
     index = '\n'.join(cells(ROOT/'nbs'/'index.ipynb', 'markdown'))
     assert [p.stem for p in PAGES if f'| `{p.stem}` |' not in index] == []
