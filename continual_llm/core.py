@@ -194,6 +194,7 @@ def sync_folder(
     path, # a folder in which a file was made, renamed or removed
 )->None:
     "Wait until the disk holds the folder's list of names"
+    if not hasattr(os, 'O_DIRECTORY'): return  # Windows does not open folders, and keeps a journal of their names
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
