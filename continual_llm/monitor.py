@@ -22,7 +22,7 @@ def banner(
     print(rule, title, rule, *(f"{k}: {v}" for k, v in rows.items()), rule, sep='\n', flush=True)
 
 # %% ../nbs/07_monitor.ipynb #bb115c7c
-def _ppl(x): return f"{x:.2e}" if 1e7 <= x < math.inf else f"{x:.2f}"
+def _ppl(x): return f"{x:.2e}" if x >= 1e7 else f"{x:.2f}"
 
 def _unit(history): return 'epoch(s)' if all(r.get('whole', True) for r in history.rows('eval')) else 'evaluation(s)'
 
