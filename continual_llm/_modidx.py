@@ -138,6 +138,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'continual_llm.cli._ending': ('cli.html#_ending', 'continual_llm/cli.py'),
                                    'continual_llm.cli._kind': ('cli.html#_kind', 'continual_llm/cli.py'),
                                    'continual_llm.cli._load': ('cli.html#_load', 'continual_llm/cli.py'),
+                                   'continual_llm.cli._terminable': ('cli.html#_terminable', 'continual_llm/cli.py'),
                                    'continual_llm.cli.add_flags': ('cli.html#add_flags', 'continual_llm/cli.py'),
                                    'continual_llm.cli.generate_command': ('cli.html#generate_command', 'continual_llm/cli.py'),
                                    'continual_llm.cli.main': ('cli.html#main', 'continual_llm/cli.py'),

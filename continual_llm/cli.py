@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'add_flags', 'parse', 'pretrain_command', 'generate_command', 'usage', 'run_command', 'main']
 
 # %% ../nbs/20_cli.ipynb #a2dd056d
-import argparse, importlib, inspect, os, signal, sys, warnings
+import argparse, contextlib, importlib, inspect, os, signal, sys, threading, warnings
 from .core import UserError, nearest
 
 # %% ../nbs/20_cli.ipynb #b65de536
@@ -122,6 +122,16 @@ def run_command(
     if not getattr(result, 'identical', True): return 1
     return 128 + signal.Signals[stopped] if stopped in ('SIGINT', 'SIGTERM') else 0
 
+# %% ../nbs/20_cli.ipynb #c57e0f41
+@contextlib.contextmanager
+def _terminable():
+    "SIGTERM raises, as Ctrl-C does"
+    def stop(number, frame): raise KeyboardInterrupt(signal.Signals(number).name)
+    if threading.current_thread() is not threading.main_thread(): return (yield)  # only there may handlers be set
+    old = signal.signal(signal.SIGTERM, stop)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, old)
+
 # %% ../nbs/20_cli.ipynb #ecab1967
 def _ending(argv):
     "The exit code of a command, and what there is to say about it"
@@ -134,13 +144,13 @@ def _ending(argv):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0, ''        # the reader had enough: not an error
     except OSError as e: return 1, e
-    except KeyboardInterrupt: return 130, 'interrupted; what was saved before stands'
+    except KeyboardInterrupt as e: return 128 + signal.Signals[str(e) or 'SIGINT'], 'interrupted; what was saved before stands'
 
 def main(
     argv:list|None=None, # the words after `continual-llm`; left out, the process's own
 )->None:
     "The console command"
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _terminable():
         warnings.showwarning = lambda message, *place: print(f"continual-llm: note: {message}", file=sys.stderr)
         code, line = _ending(sys.argv[1:] if argv is None else argv)
     if line: print(f"continual-llm: {' '.join(str(line).split())}", file=sys.stderr)

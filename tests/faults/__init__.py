@@ -1,0 +1,1 @@
+"Faults on purpose: kills, signals, failing calls, damaged files; see `python -m tests.faults --help`"
