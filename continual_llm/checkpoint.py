@@ -7,7 +7,7 @@ __all__ = ['FORMAT_VERSION', 'checkpoint_payload', 'checkpoint_file', 'load_chec
            'Checkpoints']
 
 # %% ../nbs/08_checkpoint.ipynb #0770f5d5
-import contextlib, os, re, shutil, socket, tempfile, time, warnings
+import contextlib, os, re, shutil, socket, sys, tempfile, time, warnings
 from collections import OrderedDict
 from pathlib import Path
 import torch
@@ -189,20 +189,21 @@ def _take(file, folder):
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        holder = file.read(200) or 'another process'
+        holder = file.read(300) or 'another process'
         raise UserError(f"{folder} is in use by {holder}; wait for it, stop it, or give another save_dir") from None
     except OSError as e: warnings.warn(f"{folder} cannot be locked ({e.strerror}): see to it yourself that only one run uses it")
 
 def _sign(file):
     "Say who holds the lock"
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    command = ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')} (`{command:.80}`)")
     file.flush()
 
 # %% ../nbs/08_checkpoint.ipynb #7e723ec6
 def _clear_leftovers(folder):
     "Remove the temporary names of killed saves, and nothing that is not of their pattern"
-    for p in folder.glob('.saving-*'): shutil.rmtree(p, ignore_errors=True)
+    for p in [*folder.glob('.saving-*'), *folder.glob('*/.saving-*')]: shutil.rmtree(p, ignore_errors=True)
     for p in [*folder.glob('.*.tmp'), *folder.glob('*/.*.tmp')]:
         with contextlib.suppress(OSError):
             if re.fullmatch(r'\..+\.[a-z0-9_]{8}\.tmp', p.name): os.unlink(p)
@@ -238,20 +239,24 @@ class ResumeStates:
             with contextlib.suppress(OSError): os.unlink(self._generation(other))
         return path
 
-    def latest(self)->tuple: # (state, path, skipped): skipped lists (path, reason); (None, None, []) if there is nothing
-        "The newest resume state that verifies"
+    def latest(self,
+        steps:list|None=None, # in which order to look; left out, all there are, the newest first
+        facts:dict|None=None, # what the states of this run keep as their `facts`; None takes any
+    )->tuple:                 # (state, path, skipped): skipped lists (path, reason); (None, None, []) if there is nothing
+        "The first resume state that verifies and is of this run"
         skipped = []
-        for path in [self._generation(s) for s in reversed(self.steps())]:
-            try: return _own_state(load_object(path), path), path, skipped
+        for path in map(self._generation, reversed(self.steps()) if steps is None else steps):
+            try: return _own_state(load_object(path), path, facts), path, skipped
             except DamagedFile as e: skipped.append((path, str(e)))
         if not skipped: return None, None, []
         raise DamagedFile(f"{self.folder/'last'} holds no resume state that is whole ({skipped[0][1]}); begin anew with --overwrite")
 
 # %% ../nbs/08_checkpoint.ipynb #a3cc9830
-def _own_state(state, path):
-    "Refuse a resume state that stands under another one's name"
+def _own_state(state, path, facts):
+    "Refuse a resume state that stands under another one's name, or comes from another run"
     name = state.get('generation') if type(state) is dict else None
-    if name == path.stem: return state
+    if name == path.stem and (facts is None or state.get('facts') == facts): return state
+    if name == path.stem: raise DamagedFile(f"{path} is a resume state of another run")
     held = f"the state of step {name[:20].lstrip('0')}" if type(name) is str else 'no resume state'
     raise DamagedFile(f"{path} holds {held}, so files were exchanged")
 

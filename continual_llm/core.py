@@ -233,12 +233,15 @@ def write_bytes(
     "Write a file that is whole or absent"
     with atomic_file(path) as f: f.write(data)
 
+def _checksum(obj, what): return hashlib.sha256(f"{what}\n{json.dumps(obj)}".encode()).hexdigest()
+
 def write_json(
-    path, # the file to make or replace
-    obj,  # plain values
+    path,             # the file to make or replace
+    obj:dict,         # plain values
+    what:str='file',  # what it is, such as a run
 )->None:
-    "Write plain values as readable JSON, whole or absent"
-    write_bytes(path, (json.dumps(obj, indent=2, ensure_ascii=False) + '\n').encode())
+    "Write plain values as readable JSON with a checksum, whole or absent"
+    write_bytes(path, (json.dumps(dict(obj, checksum=_checksum(obj, what)), indent=2, ensure_ascii=False) + '\n').encode())
 
 def read_small(
     path,                # a file of ours
@@ -256,12 +259,17 @@ def read_small(
 
 def read_json(
     path,             # a file of ours
-    what:str='file',  # what it should be, for the message
-):
+    what:str='file',  # what it should be
+    needs=(),         # keys it must have
+)->dict:              # without its checksum
     "Read JSON, or say in one line what is wrong with it"
     data = read_small(path, what)
-    try: return json.loads(data.decode())
+    try: obj = json.loads(data.decode())
     except (ValueError, RecursionError) as e: raise UserError(f"{path} is not the JSON of a {what} ({e}); it was damaged or is another file") from None
+    if not isinstance(obj, dict) or any(key not in obj for key in needs): raise UserError(f"{path} is not the JSON of a {what}; it was damaged or is another file")
+    said = obj.pop('checksum', None)  # none in a file that was written by hand
+    if said not in (None, _checksum(obj, what)): raise UserError(f"{path} is not what was written: it was damaged, changed by hand, or is no {what}; bring back the right one")
+    return obj
 
 # %% ../nbs/00_core.ipynb #893a4501
 def file_hash(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'HEADER', 'PIECE', 'TokenFile', 'open_tokens', 'write_tokens', 'marked_texts', 'chosen_texts', 'count_bytes',
-           'cache_folder', 'token_place', 'reuse_tokens', 'make_tokens', 'watched_texts', 'prepare']
+           'cache_folder', 'token_place', 'cache_errors', 'reuse_tokens', 'make_tokens', 'watched_texts', 'prepare']
 
 # %% ../nbs/02_data.ipynb #635d2f23
-import hashlib, json, os, sys, tempfile, time, warnings, zlib
+import contextlib, hashlib, json, os, sys, tempfile, time, warnings, zlib
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import chain
@@ -197,14 +197,27 @@ def token_place(
                   source_hash=source.hash(), tokenizer_hash=tokenizer.hash, part=dict(part))
     return cache_folder(cache)/f"{key[:32]}.tokens", header
 
+# %% ../nbs/02_data.ipynb #a90c51f3
+@contextlib.contextmanager
+def cache_errors(
+    path, # what is written, for the message
+):
+    "Turn the system's error about the cache into one line with the way out"
+    try: yield
+    except OSError as e: raise UserError(f"cannot write the token file {path} ({e.strerror or e}); make room, or set XDG_CACHE_HOME to another folder") from None
+
 # %% ../nbs/02_data.ipynb #b6e6b220
 def reuse_tokens(
     path,                # a token file, perhaps
+    header:dict,         # what `token_place` said with it
 )->TokenFile|None:       # None where it has to be made
-    "The token file at `path`, if it is there and whole"
+    "The token file at `path`, if it is there, whole, and made of what it is named for"
     if not Path(path).exists(): return None
-    try: return open_tokens(path)
-    except UserError as e: warnings.warn(f"{e.args[0].partition(';')[0]}; it is made again")
+    try: file = open_tokens(path)
+    except UserError as e: return warnings.warn(f"{e.args[0].partition(';')[0]}; it is made again")
+    same = [getattr(file, k) == header[k] for k in ('source_hash', 'tokenizer_hash', 'dtype')]
+    if all(same) and header['part'].items() <= file.part.items(): return file
+    warnings.warn(f"{path} holds other tokens than it is named for, so files were exchanged; it is made again")
 
 # %% ../nbs/02_data.ipynb #78d188ed
 def make_tokens(
@@ -215,9 +228,7 @@ def make_tokens(
 )->TokenFile:
     "Tokenize texts into a token file"
     _sweep(path.parent)
-    try: file = write_tokens(path, _tokenized(texts, tokenizer, header), header)
-    except OSError as e: raise UserError(f"cannot write the token file {path} ({e.strerror or e}); "
-                                         "make room, or set XDG_CACHE_HOME to another folder") from None
+    with cache_errors(path): file = write_tokens(path, _tokenized(texts, tokenizer, header), header)
     if len(file): return file
     path.unlink()
     raise UserError(f"nothing is left of {header['source']} to make tokens of; use another text")
@@ -258,4 +269,4 @@ def prepare(
     source = Source.of(source)
     path, header = token_place(source, tokenizer, {}, cache)
     texts = chosen_texts(watched_texts(source, 'Tokenizing', header['source_hash'], progress))
-    return reuse_tokens(path) or make_tokens(path, header, texts, tokenizer)
+    return reuse_tokens(path, header) or make_tokens(path, header, texts, tokenizer)

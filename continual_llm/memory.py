@@ -43,6 +43,17 @@ def reservoir(
     begin = spans[order[0],0]
     return np.array([[begin, begin+budget]])
 
+# %% ../nbs/02c_memory.ipynb #e1a94c07
+_SIDES = ('replay', 'val')
+
+def _known(path, checksum):
+    "The token file that was remembered under this checksum; None where there was none"
+    if checksum is None: return None
+    try: file = open_tokens(path)
+    except UserError as e: raise UserError(f"{e.args[0].partition(';')[0]}; bring back the run's memory from a copy") from None
+    if file.checksum == checksum: return file
+    raise UserError(f"{path} is whole but not the file that was remembered, so files were exchanged; bring back the run's memory from a copy")
+
 # %% ../nbs/02c_memory.ipynb #0e4395f8
 @dataclass(frozen=True)
 class Domain:
@@ -60,11 +71,9 @@ class Domain:
     )->'Domain':
         "Read one domain back, refusing damaged files"
         folder = Path(folder)
-        about = read_json(folder/'domain.json', 'domain')
-        try: facts, has_val = [about[k] for k in ('name', 'number', 'source_hash', 'tokenizer_hash')], about['has_val']
-        except (KeyError, TypeError):
-            raise UserError(f"{folder/'domain.json'} is not the JSON of a domain; it was damaged or is another file") from None
-        return cls(*facts, open_tokens(folder/'replay.tokens'), open_tokens(folder/'val.tokens') if has_val else None)
+        facts = ('name', 'number', 'source_hash', 'tokenizer_hash')
+        about = read_json(folder/'domain.json', 'domain', (*facts, *_SIDES))
+        return cls(*[about[k] for k in facts], *[_known(folder/f"{side}.tokens", about[side]) for side in _SIDES])
 
 # %% ../nbs/02c_memory.ipynb #213c0b81
 def domains(
@@ -96,21 +105,20 @@ def remember(
         f"the domains in {folder} have tokenizer {known[0].tokenizer_hash[:12]}, {name!r} has {train.tokenizer_hash[:12]}; use theirs")
     budget = max(1, min(int(share*len(train)), max_bytes // train.ids.itemsize))
     about = dict(name=name, number=len(known), source_hash=train.source_hash, tokenizer_hash=train.tokenizer_hash,
-                 source=train.source, share=share, max_bytes=max_bytes, seed=seed, has_val=val is not None)
+                 source=train.source, share=share, max_bytes=max_bytes, seed=seed)
     return _store(folder/name, about, train, reservoir(pieces(train.doc_starts, len(train)), budget, seed), val)
 
 # %% ../nbs/02c_memory.ipynb #8917723d
 def _store(place, about, train, kept, val):
     "Write a domain's three files beside its place and rename their folder"
-    temp = place.parent/f".{place.name}.{os.getpid()}.tmp"
     header = dict(n_words=None, n_bytes=None, n_lines=None, dtype=train.dtype, source=train.source, source_hash=train.source_hash,
                   tokenizer_hash=train.tokenizer_hash, part=dict(train.part, side='replay'))
-    shutil.rmtree(temp, ignore_errors=True)
+    temp = place.parent/f".saving-{place.name}-{os.getpid()}"  # a name that the next holder of the run's lock clears
     try:
         temp.mkdir(parents=True)
-        write_tokens(temp/'replay.tokens', ((train.ids[a:b], [0]) for a, b in kept), header)
+        replay = write_tokens(temp/'replay.tokens', ((train.ids[a:b], [0]) for a, b in kept), header)
         if val is not None: _copy(val.path, temp/'val.tokens')
-        write_json(temp/'domain.json', about)
+        write_json(temp/'domain.json', dict(about, replay=replay.checksum, val=val and val.checksum), 'domain')
         os.rename(temp, place)
         sync_folder(place.parent)
     except OSError as e:

@@ -227,7 +227,7 @@ class Source:
 
     def check(self)->Counts:
         "Read everything once and count it, refusing the first thing that is wrong"
-        try: return _check(self, tuple((s.st_size, s.st_mtime_ns, s.st_ino) for s in map(os.stat, self._paths)))
+        try: return _check(self, tuple((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in map(os.stat, self._paths)))
         except OSError as e: raise UserError(f"{e.filename} could not be read: {e.strerror}") from None
 
     def hash(self)->str:

@@ -11,7 +11,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 import numpy as np
 from .core import UserError, in_range, numpy_generator
-from .data import chosen_texts, count_bytes, make_tokens, marked_texts, prepare, reuse_tokens, token_place, watched_texts
+from .data import cache_errors, chosen_texts, count_bytes, make_tokens, marked_texts, prepare, reuse_tokens, token_place, watched_texts
 from .source import Source
 
 # %% ../nbs/02b_split.ipynb #56df7d95
@@ -48,7 +48,7 @@ def stretches(
 def _unit_starts(texts, by_line, folder):
     "First byte of each document or line, then the end of the text: `(units+1,)`, kept on disk"
     at = 0
-    with tempfile.TemporaryFile(dir=folder) as f:
+    with cache_errors(folder), tempfile.TemporaryFile(dir=folder) as f:
         for text, begins, _ in marked_texts(texts):
             if begins or by_line: f.write(at.to_bytes(8, 'little'))
             at += count_bytes(text)
@@ -104,7 +104,7 @@ def prepare_split(
     if val_split == 0: return prepare(source, tokenizer, cache, progress), None, 0
     part = dict(val_split=val_split, seed=seed, long=LONG)
     sides = [token_place(source, tokenizer, dict(part, side=side), cache) for side in ('train', 'val')]
-    train, val = [reuse_tokens(path) for path, _ in sides]
+    train, val = [reuse_tokens(*side) for side in sides]
     if not (train and val): train, val = _make_sides(source, tokenizer, val_split, seed, sides, progress)
     return train, val, train.part['dropped']
 

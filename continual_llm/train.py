@@ -221,12 +221,12 @@ class Job:
         self.tokenizer.save(self.folder/'tokenizer', overwrite=True)
         write_bytes(self.folder/'config.yaml', _yaml(self.shape.to_dict()))
         remember(self.train, self.val, self.folder/'memory', 'base', seed=self.loop.seed)
-        write_json(self.folder/'run.json', record)
+        write_json(self.folder/'run.json', record, 'run')
         return record
 
     def go_on(self)->dict:
         "What stands in `run.json`, if it is of the same run"
-        record = read_json(self.folder/'run.json', 'run')
+        record = read_json(self.folder/'run.json', 'run', ('settings', 'threads'))
         check_same(record['settings'], self.settings, self.folder)
         return record
 
@@ -257,7 +257,7 @@ def carry_out(
     store = Checkpoints(job.folder)
     with store.lock():
         record = job.go_on() if resume else job.begin(overwrite)
-        state, path, refused = store.latest() if resume else (None, None, [])
+        state, path, refused = store.latest(facts=record['settings']) if resume else (None, None, [])
         for bad, why in refused: say(f'Passed over {bad}: {why}')
         if state: say(f"Resuming from {path} after step {state['step']}")
         with machine(job.deterministic, record['threads'] if job.loop.device == 'cpu' else None):
@@ -286,7 +286,7 @@ def _finish(job, store, record, model, history, at, say):
     if at.best_epoch: model.load_state_dict(store.load('best/checkpoint.pt')['model_state_dict'])
     run = Run(job.folder, model.eval(), job.tokenizer, history, at.best_epoch, at.best_loss, at.stopped)
     result = dict(step=at.step, best_epoch=at.best_epoch, best_loss=at.best_loss if at.best_epoch else None, seconds=round(at.seconds, 1))
-    write_json(job.folder/'run.json', dict(record, status=at.stopped or 'complete', result=result))
+    write_json(job.folder/'run.json', dict(record, status=at.stopped or 'complete', result=result), 'run')
     save_curve(history, job.folder/'curve.png')
     history.add('done', seconds=at.seconds, stopped=at.stopped, path=str(store.folder/'best'/'checkpoint.pt') if at.best_epoch else None)
     if at.stopped in ('', 'early stopping'):
