@@ -79,6 +79,16 @@ def test_figures_have_words(page):
             for word in ('#| label: fig-', '#| fig-cap:', '#| fig-alt:'): assert word in source, f'{page.name}: a figure lacks {word}\n{source}'
 
 
+@pytest.mark.parametrize('page', sorted((ROOT/'nbs').rglob('*.ipynb')), ids=lambda p: p.stem)
+def test_imports_stand_alone(page):
+    "Building the site runs every cell that holds an import, and none of those around it"
+    for source in cells(page):
+        if re.search(r'^#\| (export|eval: false)', source, re.M) or 'nbdev_export()' in source: continue
+        tree = ast.parse(re.sub(r'^%.*', '', source, flags=re.M))
+        if any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(tree)):
+            assert all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in tree.body), f'{page.name}: an import among other code\n{source}'
+
+
 def public():
     import importlib
     for module in ORDER:
