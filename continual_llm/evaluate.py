@@ -81,7 +81,7 @@ def evaluate(
     model:str,                  # a checkpoint file or a run folder
     data,                       # text to measure: a file, folder, glob, `.jsonl` or `.gz`
     tokenizer:str|None=None,    # its folder; left out, the run folder's own
-    field:str='text',           # of a `.jsonl` file
+    field:str='text',           # of a `.jsonl` record, the one that holds the text
     context:int=0,              # most tokens a prediction sees; 0 takes the model's `max_seq_len`
     stride:int=0,               # tokens newly predicted per window; 0 means plain blocks
     batch_size:int=8,           # windows at once

@@ -325,10 +325,10 @@ class Tokenizer(Pieces):
 def train_tokenizer(
     data,                         # a source: file, folder, pattern, `.jsonl`, `.gz`, built-in corpus, or a list of those
     vocab_size:int=8000,          # pieces, special ones and 256 bytes included
-    save=None,                    # folder to keep it in; None keeps it in memory only
-    model_type:str='bpe',         # or `unigram`
+    save=None,                    # folder to keep it in; left out, it is kept nowhere
+    model_type:str='bpe',         # `bpe` or `unigram`
     markers='auto',               # literals that become pieces: `auto` takes frequent ones such as <unk>, `none` none; or their names
-    field:str='text',             # of the records of a `.jsonl` file
+    field:str='text',             # of a `.jsonl` record, the one that holds the text
     overwrite:bool=False,         # replace a tokenizer that `save` holds already?
     sample_bytes:int=30_000_000,  # of a longer text, learn from a random sample of lines of about this size
 )->Tokenizer:
