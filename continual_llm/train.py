@@ -290,7 +290,7 @@ def _finish(job, store, record, model, history, at, say):
     save_curve(history, job.folder/'curve.png')
     history.add('done', seconds=at.seconds, stopped=at.stopped, path=str(store.folder/'best'/'checkpoint.pt') if at.best_epoch else None)
     if at.stopped in ('', 'early stopping'):
-        say(f"Curves: {job.folder/'curve.png'}\n\nA sample of what it writes:\n  " + run.generate('', max_tokens=min(60, job.shape.max_seq_len-1), seed=job.loop.seed).strip().replace('\n', '\n  '))
+        say(f"Curves: {job.folder/'curve.png'}\n\nA sample of what it writes:\n  " + run.generate('', max_tokens=min(60, job.shape.max_seq_len-1), temperature=.7, top_p=.9, seed=job.loop.seed).strip().replace('\n', '\n  '))
     return run
 
 # %% ../nbs/12_train.ipynb #bfffee5b
@@ -378,8 +378,8 @@ def pretrain(
     return carry_out(job, resume, overwrite, quiet)
 
 # %% ../nbs/12_train.ipynb #7c14b571
-QUICK = dict(data='builtin:english', config='tiny', vocab_size=4000, max_seq_len=128, epochs=2, batch_size=16, grad_accumulation=1, learning_rate=4e-3,
-             warmup_steps=30, max_steps=320, optimizer='muon', dropout=0., save_dir='checkpoints/quickstart')
+QUICK = dict(data='builtin:english', config='tiny', vocab_size=4000, max_seq_len=128, epochs=2, batch_size=8, grad_accumulation=1, learning_rate=1.2e-2,
+             warmup_steps=30, max_steps=600, optimizer='muon', dropout=0., save_dir='checkpoints/quickstart')
 
 def quickstart(
     **given, # parameters of `pretrain` that should be otherwise
