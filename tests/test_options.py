@@ -400,6 +400,7 @@ def test_where_it_is_evaluated(score, tmp_path, monkeypatch):
     assert len(list((tmp_path/'mine').glob('*.tokens'))) == 1
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    assert score(device='cpu').tokens
     with pytest.raises((RuntimeError, NotImplementedError, AssertionError)): score(device='auto')
 
 
