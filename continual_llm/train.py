@@ -379,7 +379,7 @@ def pretrain(
 
 # %% ../nbs/12_train.ipynb #7c14b571
 QUICK = dict(data='builtin:english', config='tiny', vocab_size=4000, max_seq_len=128, epochs=2, batch_size=8, grad_accumulation=1, learning_rate=1.2e-2,
-             warmup_steps=30, max_steps=600, optimizer='muon', dropout=0., save_dir='checkpoints/quickstart')
+             warmup_steps=30, max_steps=600, eval_every=100, optimizer='muon', dropout=0., save_dir='checkpoints/quickstart')
 
 def quickstart(
     **given, # parameters of `pretrain` that should be otherwise
