@@ -84,7 +84,7 @@ def _announce(out):
     for name in ('save_last', 'publish', 'link'): wrap(Checkpoints, name, lambda: _tell(out, 'saving', None), lambda _: _tell(out, 'saved', None))
     wrap(History, 'add', lambda: None, lambda r: _tell(out, r['kind'], r.get('step')))
 
-# %% ../nbs/14b_nest.ipynb #6cd12849
+# %% ../nbs/14b_nest.ipynb #a04a1a59
 class Nest:
     "Starts runs and listens to them: `with Nest(folder) as nest: ...`"
     def __init__(self,
@@ -99,8 +99,9 @@ class Nest:
 
     def start(self, settings:dict):
         "Begin a run with settings of `pretrain`, plain values; none may be on"
-        self.process.stdin.write((json.dumps(settings) + '\n').encode())
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # a nest that is gone is told of by `hear`
+            self.process.stdin.write((json.dumps(settings) + '\n').encode())
+            self.process.stdin.flush()
 
     def hear(self, until:float=math.inf)->tuple|None:
         "The next thing told, or None if nothing is until then (of `time.monotonic`)"
@@ -123,6 +124,7 @@ class Nest:
             self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
+        if not self.keep: shutil.rmtree(self.folder, ignore_errors=True)  # in case that the nest could not
 
 # %% ../nbs/14b_nest.ipynb #20f0251f
 @dataclass
