@@ -12,8 +12,8 @@ TINY = dict(config='tiny', vocab_size=285, max_seq_len=16, batch_size=2, grad_ac
 FORGETS = '''
 from continual_llm.checkpoint import ResumeStates
 real = ResumeStates.latest
-def latest(self):
-    state, path, skipped = real(self)
+def latest(self, *args, **kw):
+    state, path, skipped = real(self, *args, **kw)
     if state: state['optimizer']['state'][1]['exp_avg'].zero_()
     return state, path, skipped
 ResumeStates.latest = latest
