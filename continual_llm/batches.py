@@ -7,6 +7,7 @@ __all__ = ['Blocks', 'Batches', 'eval_batches']
 
 # %% ../nbs/02a_batches.ipynb #ff27c180
 from dataclasses import dataclass
+import copy
 import numpy as np
 import torch
 from .core import UserError, in_range, numpy_generator
@@ -63,9 +64,11 @@ class Batches:
         bos_id:int=1,       # the token `<s>`, input of the text's first token
         rank:int=0,         # this process, counted from 0
         world:int=1,        # processes that train together
+        halves:bool=False,  # shall one process add up two half-sums, as two processes would?
     ):
         in_range('batch_size', batch_size, 1, whole=True)
         in_range('grad_accumulation', accumulation, 1, whole=True)
+        in_range('rank', rank, 0, world-1, whole=True)
         self.blocks = Blocks(len(ids), seq_len, seed)
         self.global_batch = batch_size*accumulation # blocks of an optimizer step, over all processes
         if self.global_batch % world: raise UserError(
@@ -73,6 +76,7 @@ class Batches:
             f"evenly; make it a multiple of {world}")
         self.ids, self.batch_size, self.bos_id, self.rank = np.asarray(ids), batch_size, bos_id, rank
         self.share = self.global_batch // world     # of which this process's
+        self.halves, self.detours = halves and world == 1, ()
         self._order = None, None                    # the latest epoch and its starts, kept because the next step wants them too
 
     @property
@@ -85,10 +89,25 @@ class Batches:
         "Number, within the global batch, of this process's first micro-batch: what its dropout is seeded with"
         return self.rank * -(-self.share // self.batch_size)
 
+    @property
+    def half(self)->int:
+        "Micro-batches in the first of two half-sums; 0 if all are added up in one"
+        n, over = divmod(self.share, self.batch_size)
+        return n//2 if self.halves and n % 2 == over == 0 else 0
+
+    def _read_order(self, epoch):
+        "The blocks of an epoch, with the detours that begin in it"
+        starts = self.blocks.starts(epoch)
+        for n, step in enumerate(self.detours):
+            e, i = divmod(step, self.steps_per_epoch)
+            rest = starts[i*self.global_batch:]
+            if e == epoch: rest[:] = numpy_generator(self.blocks.seed, 'detour', epoch, n).permutation(rest)
+        return starts
+
     def _starts(self, step):
         "All blocks of a step, over all processes"
         epoch, i = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch: self._order = epoch, self.blocks.starts(epoch)
+        if self._order[0] != epoch: self._order = epoch, self._read_order(epoch)
         return self._order[1][i*self.global_batch : (i+1)*self.global_batch]
 
     def n_targets(self,
@@ -104,6 +123,18 @@ class Batches:
         mine = self._starts(step)[self.rank*self.share : (self.rank+1)*self.share]
         cuts = range(0, len(mine), self.batch_size)
         return [_gather(self.ids, mine[i:i+self.batch_size], self.blocks.seq_len, self.bos_id) for i in cuts]
+
+    def replan(self,
+        detours:tuple=(), # steps from each of which the rest of its epoch is read in another order
+        halvings:int=0,   # times the micro-batch is halved; the global batch stays
+    )->'Batches|None':    # None if a micro-batch can be no smaller
+        "The same blocks on another course"
+        other = copy.copy(self)
+        other.detours, other._order = tuple(detours), (None, None)
+        for _ in range(halvings):
+            if other.batch_size == 1: return None
+            other.batch_size = max(d for d in range(1, other.batch_size//2 + 1) if other.batch_size % d == 0)
+        return other
 
 # %% ../nbs/02a_batches.ipynb #92166f0b
 def eval_batches(

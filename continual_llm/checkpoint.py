@@ -230,12 +230,13 @@ class ResumeStates:
     def save_last(self,
         state:dict, # what resuming needs
         step:int,   # optimizer steps taken; names the file
+        spare=(),   # steps whose states stay, however old
     )->Path:
         "Save a resume state; then drop those before the last two, and those of later steps, which a run that went back has left"
         path = self._generation(step)
         self._save(dict(state, step=step, generation=path.stem), path)
         steps = self.steps()
-        for other in [s for s in steps if s < step][:-1] + [s for s in steps if s > step]:
+        for other in {*[s for s in steps if s < step][:-1], *[s for s in steps if s > step]} - {*spare}:
             with contextlib.suppress(OSError): os.unlink(self._generation(other))
         return path
 

@@ -153,5 +153,6 @@ def main(
     with warnings.catch_warnings(), _terminable():
         warnings.showwarning = lambda message, *place: print(f"continual-llm: note: {message}", file=sys.stderr)
         code, line = _ending(sys.argv[1:] if argv is None else argv)
-    if line: print(f"continual-llm: {' '.join(str(line).split())}", file=sys.stderr)
+    if line and (code == 1 or os.environ.get('RANK', '0') == '0'):  # of several processes, the first one says what all refuse
+        print(f"continual-llm: {' '.join(str(line).split())}", file=sys.stderr)
     sys.exit(int(code))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from .batches import eval_batches
 from .core import autocast, in_range, pick_precision
+from .distributed import Processes
 from .generate import evaluating, load_model
 from .metrics import Score
 
@@ -45,18 +46,21 @@ def token_nats(
     bos_id:int=1,               # stands before the first token
     precision:str='fp32',       # or `bf16`
     poll=lambda: None,          # called between batches; may raise to leave
+    processes=Processes(),      # that share the batches, and all get the whole
 )->torch.Tensor:                # (N,) float64: minus the log probability of each token
     "What each token of a text costs the model, each predicted once"
     context = context or model.config.max_seq_len
     in_range('context', context, 1, model.config.max_seq_len, whole=True, hint="the model was not trained on longer ones")
     in_range('stride', stride, 0, context, whole=True, hint='a larger one would pass over tokens')
-    device, out = next(model.parameters()).device, [torch.zeros(0, dtype=torch.double)]
+    device, out, at = next(model.parameters()).device, torch.zeros(len(ids), dtype=torch.double), 0
     with evaluating(model):
-        for x, y, new in windows(ids, context, stride or context, batch_size, bos_id):
+        for i, (x, y, new) in enumerate(windows(ids, context, stride or context, batch_size, bos_id)):
             poll()
+            at, begin = at + len(x)*new, at
+            if i % processes.world != processes.rank: continue  # another one's
             with autocast(precision, device): nats = model(x.to(device), targets=y.to(device), reduction='none')  # (B,T)
-            out.append(nats[:, -new:].flatten().cpu().double())  # in this order: Apple's GPUs have no float64
-    return torch.cat(out)
+            out[begin:at] = nats[:, -new:].flatten().cpu().double()  # in this order: Apple's GPUs have no float64
+    return processes.sum_(out)  # one process filled each place, so these are the bits of one that did all of them
 
 # %% ../nbs/11_evaluate.ipynb #24d1b82f
 def score_tokens(
@@ -64,7 +68,7 @@ def score_tokens(
     tokens,                     # a `TokenFile`
     tokenizer,                  # that made it
     max_tokens:int=0,           # only the first of them; 0 means all
-    **settings,                 # of `token_nats`: context, stride, batch_size, precision, poll
+    **settings,                 # of `token_nats`: context, stride, batch_size, precision, poll, processes
 )->Score:
     "Score of a token file, or of its beginning"
     from continual_llm.source import count_words

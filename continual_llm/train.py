@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS_OF_A_RUN', 'QUICK', 'holds_run', 'check_folder', 'check_room', 'clear_run', 'check_same', 'machine', 'Run',
-           'validation_share', 'read_texts', 'make_parts', 'Job', 'carry_out', 'count_params', 'with_vocabulary',
-           'pretrain', 'quickstart']
+           'validation_share', 'read_texts', 'make_parts', 'keep_tokenizer', 'Job', 'carry_out', 'count_params',
+           'with_vocabulary', 'check_compiler', 'as_before', 'pretrain', 'quickstart']
 
 # %% ../nbs/12_train.ipynb #9f465ed2
 import contextlib, os, platform, shutil
@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 import torch
 from . import __version__
+from .archive import DamagedFile
 from .batches import Batches
 from .checkpoint import Checkpoints, checkpoint_payload
 from .core import UserError, human_bytes, in_range, pick_device, pick_precision, read_json, seed_everything, write_bytes, write_json
 from .data import prepare
+from .distributed import Processes, in_turn, join_processes, lead
 from .evaluate import score_tokens
 from .generate import generate
-from .history import History, draw
+from .history import History, aside, draw
 from .loop import LoopConfig, Parts, fit
 from .memory import remember
 from .model import ContinualLLM, ModelConfig, config_fields, model_config
@@ -51,8 +53,12 @@ def check_folder(
     if folder.exists() and not folder.is_dir(): raise UserError(f"save_dir={folder} is a file; name a folder")
     if holds_run(folder) and not (resume or overwrite):
         raise UserError(f"save_dir={folder} already holds a run; go on with it (--resume), replace it (--overwrite), or name another folder")
+    if resume and holds_run(folder) and not (folder/'run.json').exists():
+        raise UserError(f"{folder} holds a run without its run.json, so nobody knows its settings; put the file back, or begin anew with --overwrite")
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir(): raise UserError(f"save_dir={folder}: {there} cannot be written to; name another folder")
+    if folder.exists():
+        with Checkpoints(folder).lock(): pass  # another run in it is named now, not after minutes of reading
     return folder
 
 def check_room(
@@ -60,16 +66,16 @@ def check_room(
     n_params:int,    # of the model
     epochs:int,      # whose checkpoints will be kept
 )->int:              # bytes that the run will need
-    "Refuse a disk without room for the run: three resume states (weights and two moments), and the checkpoints, 4 bytes a number"
+    "Refuse a disk without room for the run: five resume states (weights and two moments), and the checkpoints, 4 bytes a number"
     there = next(p for p in (Path(folder), *Path(folder).absolute().parents) if p.exists())
-    need, free = 4*n_params * (3*3 + epochs + 1), shutil.disk_usage(there).free
+    need, free = 4*n_params * (5*3 + epochs + 1), shutil.disk_usage(there).free
     if need > free: raise UserError(f"save_dir={folder} needs {human_bytes(need)} and {human_bytes(free)} are free; make room, name another folder, or keep fewer "
                                     f"checkpoints with --keep_epochs")
     return need
 
 def clear_run(folder):
-    "Remove a run's own files and folders, and nothing else"
-    for path in [Path(folder)/name for name in PARTS_OF_A_RUN] + list(Path(folder).glob('epoch_*')):
+    "Remove a run's own files and folders, and nothing else; what says that there is a run goes last"
+    for path in list(Path(folder).glob('epoch_*')) + [Path(folder)/name for name in reversed(PARTS_OF_A_RUN)]:
         if path.is_dir(): shutil.rmtree(path)
         else: path.unlink(missing_ok=True)
 
@@ -175,18 +181,31 @@ def make_parts(
     loop:LoopConfig,
     eval_tokens:int=0, # evaluate on the first of them alone; 0 means all
     batch_size:int=8,  # windows at once when evaluating
+    compiled:bool=False,  # compile the training step? evaluation stays as it is
     facts:dict|None=None, # plain values kept with every resume state
+    processes:Processes=Processes(), # that share an evaluation
 )->Parts:
     "The callables of a pretraining run"
-    device = next(model.parameters()).device
+    device, net = next(model.parameters()).device, torch.compile(model, dynamic=False) if compiled else model
     def loss_fn(model, micro):
         x, y = micro
-        return model(x.to(device), targets=y.to(device), reduction='sum'), y.numel()
+        return net(x.to(device), targets=y.to(device), reduction='sum'), y.numel()
     def evaluate(poll):
-        return score_tokens(model, val, tokenizer, eval_tokens, batch_size=batch_size, precision=loop.precision, poll=poll)
+        return score_tokens(model, val, tokenizer, eval_tokens, batch_size=batch_size, precision=loop.precision, poll=poll, processes=processes)
     def payload(epoch, step, score):
         return checkpoint_payload(model, epoch=epoch, step=step, val_loss=score and score.loss, tokenizer_hash=tokenizer.hash)
-    return Parts(batches, loss_fn, evaluate, payload, facts=facts)
+    return Parts(batches, loss_fn, evaluate, payload, replan=batches.replan, facts=facts)
+
+# %% ../nbs/12_train.ipynb #6d4fe8a2
+def keep_tokenizer(
+    tokenizer:Tokenizer,
+    folder, # of the run, for its tokenizer; another one that stands there is not written over
+)->None:
+    "Put the tokenizer where generation will look for it"
+    if Path(folder).exists() and (there := Tokenizer.load(folder)).hash != tokenizer.hash:
+        raise UserError(f"{folder} holds another tokenizer ({there.hash[:12]}, and this run's is {tokenizer.hash[:12]}); name another save_dir, or --overwrite")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder, overwrite=True)
 
 # %% ../nbs/12_train.ipynb #9d6e448f
 @dataclass(frozen=True)
@@ -202,23 +221,23 @@ class Job:
     batches:Batches         # of `train`
     eval_tokens:int=0       # validate on the first of the tokens alone; 0 means all
     deterministic:bool=False
-    memory:float=.05        # share of the training tokens kept for later domains to replay
+    compiled:bool=False     # is the training step compiled?
 
     @property
     def settings(self)->dict:
         "All that the numbers depend on, as plain values"
         loop = {k: v for k, v in asdict(self.loop).items() if k not in ('max_time', 'save_every', 'keep_epochs', 'device')}
         return {**self.shape.to_dict(), **asdict(self.optim), **loop, 'batch_size': self.batches.batch_size, 'blocks_per_step': self.batches.global_batch,
-                'eval_tokens': self.eval_tokens, 'deterministic': self.deterministic, 'training_text': self.train.source_hash,
+                'eval_tokens': self.eval_tokens, 'deterministic': self.deterministic, 'compile': self.compiled, 'training_text': self.train.source_hash,
                 'validation_text': self.val.source_hash, 'tokenizer_hash': self.tokenizer.hash}
 
     def begin(self, overwrite:bool)->dict:
         "Make the run folder; what stands in `run.json`"
         if overwrite: clear_run(self.folder)
+        elif (self.folder/'memory').exists(): shutil.rmtree(self.folder/'memory')  # of a beginning that was not finished
+        keep_tokenizer(self.tokenizer, self.folder/'tokenizer')
         versions = dict(python=platform.python_version(), torch=str(torch.__version__), continual_llm=__version__)
         record = dict(settings=self.settings, threads=torch.get_num_threads(), device=self.loop.device, versions=versions, status='running')
-        (self.folder/'tokenizer').mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(self.folder/'tokenizer', overwrite=True)
         write_bytes(self.folder/'config.yaml', _yaml(self.shape.to_dict()))
         remember(self.train, self.val, self.folder/'memory', 'base', seed=self.loop.seed)
         write_json(self.folder/'run.json', record, 'run')
@@ -250,44 +269,68 @@ def carry_out(
     overwrite:bool=False, # replace the run in its folder
     quiet:bool=False,     # print nothing
     views=(),             # further views of the history
+    processes:Processes=Processes(), # that train together
 )->Run:
     "Train a job from its beginning, or from where it was left"
-    say = (lambda *a: None) if quiet else lambda text='': print(text, flush=True)
-    job.folder.mkdir(parents=True, exist_ok=True)
-    store = Checkpoints(job.folder)
-    with store.lock():
-        record = job.go_on() if resume else job.begin(overwrite)
+    say = print if not quiet and processes.first else lambda *a: None
+    with contextlib.ExitStack() as stack:
+        store = lead(processes, lambda: _open(job, stack))
+        record = lead(processes, lambda: job.go_on() if resume else job.begin(overwrite))
         state, path, refused = store.latest(facts=record['settings']) if resume else (None, None, [])
+        processes.wait()  # until all have read: the first one will write
         for bad, why in refused: say(f'Passed over {bad}: {why}')
         if state: say(f"Resuming from {path} after step {state['step']}")
-        with machine(job.deterministic, record['threads'] if job.loop.device == 'cpu' else None):
-            return _train(job, store, record, state, quiet, say, views)
+        stack.enter_context(machine(job.deterministic, record['threads'] if job.loop.device == 'cpu' else None))
+        return _train(job, store, record, state, quiet, say, views, processes)
 
 # %% ../nbs/12_train.ipynb #82db89bf
-def _train(job, store, record, state, quiet, say, views):
+def _open(job, stack):
+    "The run's folder, held by the first process for as long as the stack stands"
+    job.folder.mkdir(parents=True, exist_ok=True)
+    stack.enter_context((store := Checkpoints(job.folder)).lock())
+    return store
+
+def _history(job, state, quiet, views, processes):
+    "The history, and whoever follows it in the process that writes"
+    if not processes.first: return History()
+    log = JsonLines(job.folder/'metrics.jsonl')
+    if not state: log.restore(History())
+    return History((log, *(() if quiet else (Console(job.loop.total, job.loop.epochs), LiveFigure())), *views))
+
+def _train(job, store, record, state, quiet, say, views, processes):
     "The run itself, inside its lock and settings"
-    loop, folder = job.loop, job.folder
+    loop = job.loop
     seed_everything(loop.seed, 'weights')
     model = ContinualLLM(job.shape).to(loop.device)
     _describe(job.shape, model.n_params(), say)
     say(f"\nTotal training steps: {loop.total}\nLearning rate schedule: warmup {loop.warmup_steps} steps, then cosine decay\n\nStarting training...")
-    log = JsonLines(folder/'metrics.jsonl')
-    history = History((log, *(() if quiet else (Console(loop.total, loop.epochs), LiveFigure())), *views))
-    if not state: log.rewrite([])
-    parts = make_parts(model, job.tokenizer, job.batches, job.val, loop, job.eval_tokens, facts=record['settings'])
+    history = _history(job, state, quiet, views, processes)
+    parts = make_parts(model, job.tokenizer, job.batches, job.val, loop, job.eval_tokens, compiled=job.compiled, facts=record['settings'], processes=processes)
     opt = make_optimizer(model, job.optim)
     try:
-        at = fit(model, opt, parts, loop, history, store, state)
-        return _finish(job, store, record, model, history, at, say)
+        at = fit(model, opt, parts, loop, history, store, state, processes)
+        return _finish(job, store, record, model, history, at, say, processes)
     finally: history.close()
 
-def _finish(job, store, record, model, history, at, say):
+# %% ../nbs/12_train.ipynb #d0096225
+def _best(store, at):
+    "The best checkpoint; in a finished run it must be of the step that was best"
+    best = store.load('best/checkpoint.pt')
+    if at.stopped in ('', 'early stopping') and best['step'] != at.best_step:
+        raise DamagedFile(f"{store.folder/'best'/'checkpoint.pt'} is of step {best['step']} and the best was step {at.best_step}, so files were exchanged; "
+                          f"look for the right one among the epochs")
+    return best
+
+def _finish(job, store, record, model, history, at, say, processes):
     "Best weights, the curve, and the last words"
-    if at.best_epoch: model.load_state_dict(store.load('best/checkpoint.pt')['model_state_dict'])
+    processes.wait()  # until the first one has written all
+    if at.best_epoch: model.load_state_dict(_best(store, at)['model_state_dict'])
     run = Run(job.folder, model.eval(), job.tokenizer, history, at.best_epoch, at.best_loss, at.stopped)
+    if not processes.first: return run
     result = dict(step=at.step, best_epoch=at.best_epoch, best_loss=at.best_loss if at.best_epoch else None, seconds=round(at.seconds, 1))
     write_json(job.folder/'run.json', dict(record, status=at.stopped or 'complete', result=result), 'run')
-    save_curve(history, job.folder/'curve.png')
+    try: save_curve(history, job.folder/'curve.png')
+    except OSError as e: aside(f"{job.folder/'curve.png'} cannot be written ({e.strerror}); the run itself is whole")
     history.add('done', seconds=at.seconds, stopped=at.stopped, path=str(store.folder/'best'/'checkpoint.pt') if at.best_epoch else None)
     if at.stopped in ('', 'early stopping'):
         say(f"Curves: {job.folder/'curve.png'}\n\nA sample of what it writes:\n  " + run.generate('', max_tokens=min(60, job.shape.max_seq_len-1), temperature=.7, top_p=.9, seed=job.loop.seed).strip().replace('\n', '\n  '))
@@ -311,9 +354,27 @@ def with_vocabulary(
         raise UserError(f"vocab_size={insisted} in {config} but the tokenizer has {len(tokenizer)} pieces; leave vocab_size out of the config")
     return replace(shape, vocab_size=len(tokenizer))
 
+# %% ../nbs/12_train.ipynb #3863ac6e
+def check_compiler(
+    device, # that will compute
+)->None:
+    "Refuse to compile where it cannot be done, before anything else is"
+    try: torch.compile(lambda x: 2*x)(torch.ones(2, device=device))
+    except Exception as e:
+        raise UserError(f"compile: torch cannot compile on {device} here ({str(e).strip().splitlines()[0][:120]}); install a C++ compiler such as g++, or leave it out") from None
+
+def as_before(
+    loop:LoopConfig,
+    precision:str, # as asked for
+    folder,        # of the run that is resumed
+)->LoopConfig:
+    "What the run chose for itself when it began is chosen again, on whatever machine"
+    chosen = read_json(folder/'run.json', 'run')['settings'].get('precision', loop.precision)
+    return replace(loop, precision=chosen) if precision == 'auto' else loop
+
 # %% ../nbs/12_train.ipynb #8fa934de
 def pretrain(
-    data:str='builtin:english',       # text to train on: a file, folder, glob, `.jsonl` or `.gz`
+    data:str='builtin:english',       # text to train on: a file, folder, glob, `.jsonl` or `.gz`; the command without it is the quick start, with settings of its own
     config:str='small',               # a preset (`tiny`, `small`, `medium`, `large`) or a YAML file with the model's fields
     val_data:str|None=None,           # text to validate on; left out, a share of `data`
     val_split:float|None=None,        # that share (default: 0.1, or 0 with `val_data`)
@@ -334,7 +395,9 @@ def pretrain(
     seed:int=0,                       # of the split, the weights, the order and the dropout
     device:str='auto',                # `auto`, `cuda`, `mps` or `cpu`
     precision:str='auto',             # `fp32`, `bf16`, or `auto` for what the hardware multiplies natively
-    deterministic:bool=False,         # the same bits on a GPU too, at some cost
+    compile:bool=False,               # compile the training step: slower to begin, then faster
+    deterministic:bool=False,         # the same bits also when compiled, on a GPU, or from two processes; at some cost
+    spike:float=8.,                   # leave out a step whose loss or gradient lies this many spreads above the usual; 0 only what is not finite
     eval_every:int=0,                 # steps between evaluations; 0 evaluates at the end of each epoch alone
     eval_tokens:int=0,                # validate on the first of the tokens alone; 0 means all
     max_steps:int=0,                  # end after this many optimizer steps; 0 sets no bound
@@ -349,33 +412,39 @@ def pretrain(
 )->Run:
     "Pretrain a language model on a text and keep the best checkpoint"
     where = pick_device(device)
-    loop = LoopConfig(1, epochs, learning_rate, warmup_steps, early_stopping_patience=early_stopping_patience, max_grad_norm=max_grad_norm,
+    loop = LoopConfig(1, epochs, learning_rate, warmup_steps, early_stopping_patience=early_stopping_patience, max_grad_norm=max_grad_norm, spike=spike,
                       eval_every=eval_every, max_steps=max_steps, max_time=max_time, save_every=save_every, keep_epochs=keep_epochs,
                       precision=pick_precision(precision, where), device=str(where), seed=seed)
     optim, shape = OptimConfig(optimizer, weight_decay), model_config(config, max_seq_len=max_seq_len, dropout=dropout)
     sizes = dict(batch_size=batch_size, grad_accumulation=grad_accumulation, vocab_size=vocab_size)
     for name, value in sizes.items(): in_range(name, value, 1, whole=True)
     for name, value in dict(eval_tokens=eval_tokens, seed=seed).items(): in_range(name, value, 0, whole=True)
-    share, folder = validation_share(val_data, val_split), check_folder(save_dir, resume, overwrite)
-    source, val_source = Source.of(data, field), Source.of(val_data, field) if val_data is not None else None
-    resume = resume and (folder/'run.json').exists()
-    own = folder/'tokenizer' if resume else None
-    tok = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer or own) if tokenizer or own else None
-    say = (lambda *a: None) if quiet else lambda text='': print(text, flush=True)
-    if not quiet: banner('Pre-training LLM', {
-        'Device': f'{where}', 'Precision': loop.precision, 'Data': source.name, 'Validation': val_source.name if val_source else f'{share:.0%} split',
-        'Tokenizer': tokenizer or own or f'{vocab_size:,} pieces, trained on the data', 'Batch size': batch_size, 'Gradient accumulation': grad_accumulation,
-        'Learning rate': learning_rate, 'Epochs': epochs, 'Warmup steps': warmup_steps, 'Early stopping patience': early_stopping_patience or 'off'})
-    tok = tok or train_tokenizer(data, vocab_size=vocab_size, field=field)
-    train, val = read_texts(source, val_source, share, tok, seed, cache, say)
-    shape = with_vocabulary(config, shape, tok)
-    batches = Batches(train.ids, shape.max_seq_len, batch_size, grad_accumulation, seed, tok.bos_id)
-    loop = replace(loop, steps_per_epoch=batches.steps_per_epoch)
-    warmup, note = fit_warmup(warmup_steps, loop.total)
-    if note: say(note)
-    if not resume: check_room(folder, count_params(shape), min(epochs, keep_epochs or epochs))
-    job = Job(folder, shape, replace(loop, warmup_steps=warmup), optim, tok, train, val, batches, eval_tokens, deterministic)
-    return carry_out(job, resume, overwrite, quiet)
+    if compile: check_compiler(where)
+    share = validation_share(val_data, val_split)
+    with join_processes(where) as processes:
+        folder = lead(processes, lambda: check_folder(save_dir, resume, overwrite))
+        source, val_source = Source.of(data, field), Source.of(val_data, field) if val_data is not None else None
+        resume = lead(processes, lambda: resume and (folder/'run.json').exists())
+        if resume: loop = as_before(loop, precision, folder)
+        own = folder/'tokenizer' if resume else None
+        tok = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer or own) if tokenizer or own else None
+        quiet = quiet or not processes.first
+        say = (lambda *a: None) if quiet else lambda text='': print(text, flush=True)
+        if not quiet: banner('Pre-training LLM', {
+            'Device': f'{where}' + (f', {processes.world} processes' if processes.world > 1 else ''), 'Precision': loop.precision, 'Data': source.name,
+            'Validation': val_source.name if val_source else f'{share:.0%} split', 'Tokenizer': tokenizer or own or f'{vocab_size:,} pieces, trained on the data',
+            'Batch size': batch_size, 'Gradient accumulation': grad_accumulation, 'Learning rate': learning_rate, 'Epochs': epochs, 'Warmup steps': warmup_steps,
+            'Early stopping patience': early_stopping_patience or 'off'})
+        tok = tok or Tokenizer(*lead(processes, lambda: (t := train_tokenizer(data, vocab_size=vocab_size, field=field)) and (t.model, t.options)))
+        with in_turn(processes): train, val = read_texts(source, val_source, share, tok, seed, cache, say)
+        shape = with_vocabulary(config, shape, tok)
+        batches = Batches(train.ids, shape.max_seq_len, batch_size, grad_accumulation, seed, tok.bos_id, processes.rank, processes.world, halves=deterministic)
+        loop = replace(loop, steps_per_epoch=batches.steps_per_epoch)
+        warmup, note = fit_warmup(warmup_steps, loop.total)
+        if note: say(note)
+        if not resume: lead(processes, lambda: check_room(folder, count_params(shape), min(epochs, keep_epochs or epochs)))
+        job = Job(folder, shape, replace(loop, warmup_steps=warmup), optim, tok, train, val, batches, eval_tokens, deterministic, compile)
+        return carry_out(job, resume, overwrite, quiet, processes=processes)
 
 # %% ../nbs/12_train.ipynb #7c14b571
 QUICK = dict(data='builtin:english', config='tiny', vocab_size=4000, max_seq_len=128, epochs=2, batch_size=8, grad_accumulation=1, learning_rate=1.2e-2,

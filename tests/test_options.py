@@ -81,6 +81,28 @@ def one_step(train, **changes):
     return {name: after[name] - before[name] for name in before}
 
 
+@shows(pretrain, 'spike')
+def test_spike(train, monkeypatch):
+    "A loss far above the usual is left out, unless nobody asks"
+    monkeypatch.setattr('continual_llm.loop.Guard.verdict', lambda self, loss, norm, spike: f'beyond {spike}' if spike == 5. else '')
+    assert [r['text'] for r in train(max_steps=2, spike=5.).history.rows('note')] == ['Step 0 left out: beyond 5.0', 'Step 1 left out: beyond 5.0']
+    assert train(max_steps=2).history.rows('note') == []
+
+
+@shows(pretrain, 'compile')
+def test_compile(train, monkeypatch):
+    "The training step goes through torch's compiler, and comes to the same"
+    calls, compiler = [], torch.compile
+    def compile(f, **how):
+        calls.append(f)
+        return compiler(f, **how, backend='eager') if isinstance(f, torch.nn.Module) else f  # the capture is torch's; no C++ compiler is needed here
+    monkeypatch.setattr('torch.compile', compile)
+    plain, compiled = train(), train(compile=True)
+    assert [type(c) for c in calls[-1:]] == [ContinualLLM]
+    assert max(abs(a - b) for a, b in zip(steps(plain, 'loss'), steps(compiled, 'loss'))) < 1e-5
+    assert list(newest(plain)) == list(newest(compiled))
+
+
 # ---- pretrain: the texts ----
 
 @shows(pretrain, 'data')
@@ -306,7 +328,7 @@ def test_keep_epochs(train, home):
 @shows(pretrain, 'save_every')
 def test_save_every(train):
     def states(**given): return [int(p.stem) for p in sorted((train(max_steps=5, **given).folder/'last').glob('*.pt'))]
-    assert states() == [5] and states(save_every=3) == [3, 5] and states(save_every=4) == [4, 5]
+    assert states() == [0, 5] and states(save_every=3) == [0, 3, 5] and states(save_every=4) == [0, 4, 5]
 
 
 @shows(pretrain, 'save_dir')
