@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SAVE_MINUTES', 'FIRST_STEPS', 'LoopConfig', 'Parts', 'Progress', 'OutOfMemory', 'ran_out', 'add_up', 'half_sums',
            'gradients', 'share_gradients', 'take_step', 'Interrupted', 'Signals', 'is_anchor', 'evaluation_due',
-           'judge', 'publish', 'Diverged', 'look_up', 'resume_state', 'Clock', 'Loop', 'fit']
+           'judge', 'publish', 'Diverged', 'look_up', 'resume_state', 'Clock', 'Loop', 'turn', 'advance', 'go_back',
+           'no_memory', 'make_smaller', 'carry_on', 'fit']
 
 # %% ../nbs/09_loop.ipynb #bcb2fa57
 import math, signal, threading, time
@@ -13,7 +14,6 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Callable
 import torch
-from fastcore.basics import patch
 from torch import nn
 from .core import UserError, autocast, in_range, one_of, seed_everything
 from .distributed import Processes
@@ -346,83 +346,95 @@ class Loop:
     def over(self)->bool: return bool(self.at.stopped) or self.at.step >= self.config.total and not evaluation_due(self.at, self.config)
 
 # %% ../nbs/09_loop.ipynb #2317779a
-@patch
-def turn(self:Loop):
+def turn(
+    loop:Loop,
+):
     "Look up if it is time to, or take a step"
-    at, config, writer = self.at, self.config, self.store if self.processes.first else None
+    at, config, writer = loop.at, loop.config, loop.store if loop.processes.first else None
     if evaluation_due(at, config):
-        look_up(at, self.parts, config, self.history, writer, self.signals.agree)
-        return self.save()
-    self.signals.agree()
-    if config.max_time and self.processes.most(self.clock.out_of_time()): raise TimeoutError
-    self.advance()
-    in_trouble = self.at.guard.skipped > 0  # not a state to come back to
-    if self.clock.save_due(at.step) and not in_trouble and not evaluation_due(at, config): self.save()
+        look_up(at, loop.parts, config, loop.history, writer, loop.signals.agree)
+        return loop.save()
+    loop.signals.agree()
+    if config.max_time and loop.processes.most(loop.clock.out_of_time()): raise TimeoutError
+    advance(loop)
+    in_trouble = loop.at.guard.skipped > 0  # not a state to come back to
+    if loop.clock.save_due(at.step) and not in_trouble and not evaluation_due(at, config): loop.save()
 
-@patch
-def advance(self:Loop):
+def advance(
+    loop:Loop,
+):
     "Take one step and tell of it"
-    at, config, begun = self.at, self.config, time.monotonic()
-    info = take_step(self.model, self.opt, self.parts, config, at.step, self.signals.poll, at.guard, self.processes)
+    at, config, begun = loop.at, loop.config, time.monotonic()
+    info = take_step(loop.model, loop.opt, loop.parts, config, at.step, loop.signals.poll, at.guard, loop.processes)
     wrong = info.pop('wrong')
     at.guard.note(info['loss'], info['grad_norm'], wrong)
-    if wrong: self.history.add('note', step=at.step, text=f"Step {at.step} left out: {wrong}")
+    if wrong: loop.history.add('note', step=at.step, text=f"Step {at.step} left out: {wrong}")
     else: at.nats, at.tokens = at.nats + info['loss']*info['tokens'], at.tokens + info['tokens']
-    at.step, at.seen, at.seconds = at.step + 1, at.seen + info['tokens'], self.clock.seconds()
+    at.step, at.seen, at.seconds = at.step + 1, at.seen + info['tokens'], loop.clock.seconds()
     if not wrong and ((at.step-1) % max(1, config.total//5000) == 0 or at.step == config.total):
-        self.history.add('step', step=at.step-1, epoch=math.ceil(at.step/config.steps_per_epoch), **info, seconds=round(at.seconds, 3),
+        loop.history.add('step', step=at.step-1, epoch=math.ceil(at.step/config.steps_per_epoch), **info, seconds=round(at.seconds, 3),
                          tokens_per_second=round(info['tokens']/(time.monotonic()-begun), 1))
     if at.guard.skipped >= SKIPS: raise Diverged(wrong)
 
 # %% ../nbs/09_loop.ipynb #961492e0
 FIRST_STEPS = 10  # of a process, in which want of memory is met by smaller micro-batches
 
-@patch
-def go_back(self:Loop,
+def go_back(
+    loop:Loop,
     reason:str, # what went wrong
 ):
     "Take up an earlier state, and another order of the data from there; or give up"
-    at, config, back = self.at, self.config, self.at.guard.rollbacks + 1
-    if back > ROLLBACKS or not (self.store and self.plan.replan): raise UserError(advice(at.step, reason, config.learning_rate, config.warmup_steps))
-    new, old = [[s for s in self.anchors() if (s in at.detours) == been] for been in (False, True)]
-    state = self.store.latest(new[::-1] + old, self.parts.facts)[0]
+    at, config, back = loop.at, loop.config, loop.at.guard.rollbacks + 1
+    if back > ROLLBACKS or not (loop.store and loop.plan.replan): raise UserError(advice(at.step, reason, config.learning_rate, config.warmup_steps))
+    new, old = [[s for s in loop.anchors() if (s in at.detours) == been] for been in (False, True)]
+    state = loop.store.latest(new[::-1] + old, loop.parts.facts)[0]
     best = dict(best_loss=at.best_loss, best_epoch=at.best_epoch, best_step=at.best_step)  # the file is there, whatever was gone back over
-    self.restore(state, detours=[*at.detours, state['step']], halvings=at.halvings, **best)
-    self.at.guard.rollbacks, self.at.guard.skipped = back, 0
-    self.history.add('note', step=self.at.step, text=f"Step {at.step}: {reason}. Back to the state after step {self.at.step}, and on in another order "
+    loop.restore(state, detours=[*at.detours, state['step']], halvings=at.halvings, **best)
+    loop.at.guard.rollbacks, loop.at.guard.skipped = back, 0
+    loop.history.add('note', step=loop.at.step, text=f"Step {at.step}: {reason}. Back to the state after step {loop.at.step}, and on in another order "
                                                      f"({back} of {ROLLBACKS} times)")
 
-@patch
-def make_smaller(self:Loop):
+def no_memory(
+    step:int, # where the run stands
+)->UserError:
+    "What to say when memory gave out and nothing can be made smaller"
+    return UserError(f"out of memory in step {step}; what was saved is whole: go on with --resume where there is more memory, or begin anew with a "
+                     "smaller --batch_size and a larger --grad_accumulation (their product makes the step)")
+
+def make_smaller(
+    loop:Loop,
+):
     "Halve the micro-batches, if the run is young enough and they can be halved"
-    at = self.at
-    smaller = at.step - self.began < FIRST_STEPS and self.plan.replan and self.plan.replan(at.detours, at.halvings + 1)
-    if not smaller: raise UserError(f"out of memory in step {at.step}; what was saved is whole: go on with --resume where there is more memory, or begin anew with a "
-                                    "smaller --batch_size and a larger --grad_accumulation (their product makes the step)")
+    at = loop.at
+    smaller = at.step - loop.began < FIRST_STEPS and loop.plan.replan and loop.plan.replan(at.detours, at.halvings + 1)
+    if not smaller: raise no_memory(at.step)
     at.halvings += 1
-    self.replan()
-    self.opt.zero_grad(set_to_none=True)
-    self.history.add('note', step=at.step, text=f"Out of memory in step {at.step}: micro-batches are halved and twice as many are added up, so the step stays the same")
+    loop.replan()
+    loop.opt.zero_grad(set_to_none=True)
+    loop.history.add('note', step=at.step, text=f"Out of memory in step {at.step}: micro-batches are halved and twice as many are added up, so the step stays the same")
 
 # %% ../nbs/09_loop.ipynb #59be7c97
-@patch
-def run(self:Loop,
+def carry_on(
+    loop:Loop,
     state:dict|None=None, # where an earlier process left off
 )->Progress:
     "Turn until the last step, the end of patience, of time, or a signal"
-    if state: self.restore(state)
-    self.clock, self.began = Clock(self.at.seconds, self.config), self.at.step
-    with self.signals:
+    if state: loop.restore(state)
+    loop.clock, loop.began = Clock(loop.at.seconds, loop.config), loop.at.step
+    with loop.signals:
         try:
-            if not state: self.save()
-            while not self.over:
-                try: self.turn()
-                except Diverged as e: self.go_back(str(e))
-                except OutOfMemory: self.make_smaller()
+            if not state: loop.save()
+            while not loop.over:
+                try: turn(loop)
+                except Diverged as e: go_back(loop, str(e))
+                except OutOfMemory: make_smaller(loop)
         except (Interrupted, TimeoutError) as e:
-            self.save()
-            self.at.stopped = str(e) or 'max_time'
-    return self.at
+            loop.save()
+            loop.at.stopped = str(e) or 'max_time'
+        except (RuntimeError, MemoryError) as e:  # in the optimizer, or in an evaluation
+            if not ran_out(e): raise
+            raise no_memory(loop.at.step) from None
+    return loop.at
 
 def fit(
     model, opt,
@@ -434,4 +446,4 @@ def fit(
     processes:Processes=Processes(), # that train together
 )->Progress:
     "Train until the last step, the end of patience, of time, or a signal"
-    return Loop(model, opt, parts, config, history, store, processes).run(state)
+    return carry_on(Loop(model, opt, parts, config, history, store, processes), state)
