@@ -116,6 +116,7 @@ def run_command(
     _, described, runs = COMMANDS[argv[0]]
     function = _load(described)
     given = parse(f'continual-llm {argv[0]}', function, argv[1:])
+    if argv[0] == 'train-tokenizer' and not given.get('save'): raise UserError("--save is missing, so the tokenizer would be kept nowhere; give a folder such as tokenizers/mine")
     result = (_load(runs) if runs else function)(**given)
     stopped = getattr(result, 'stopped', '')
     if argv[0] in ('train-tokenizer', 'evaluate', 'verify-resume'): print(result)
