@@ -77,7 +77,7 @@ def load_checkpoint(
     return checkpoint
 
 # %% ../nbs/08_checkpoint.ipynb #49d4d626
-def _is_weight(t): return type(t) is torch.Tensor and t.dtype is torch.float32 and t.is_contiguous()
+def _is_weight(t): return type(t) is torch.Tensor and t.dtype is torch.float32 and t.ndim <= 8 and t.is_contiguous()
 def _is_state(x):
     named = type(x) in (dict, OrderedDict) and len(x) > 0 and all(type(n) is str and _is_weight(t) for n, t in x.items())
     return named and sum(t.nbytes for t in x.values()) <= 2*tensor_bytes(x)  # a table may serve twice; a small file must not stand for endless weights
