@@ -7,13 +7,13 @@ __all__ = ['FORMAT', 'HEADER', 'PIECE', 'TokenFile', 'open_tokens', 'write_token
            'cache_folder', 'token_place', 'cache_errors', 'reuse_tokens', 'make_tokens', 'watched_texts', 'prepare']
 
 # %% ../nbs/02_data.ipynb #635d2f23
-import contextlib, hashlib, json, os, sys, tempfile, time, warnings, zlib
+import contextlib, hashlib, json, os, stat, sys, tempfile, time, warnings, zlib
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 import numpy as np
-from .core import UserError, as_path, atomic_file, human_bytes
+from .core import UserError, as_path, atomic_file, human_bytes, shown
 from .source import Source, count_words
 
 # %% ../nbs/02_data.ipynb #592a109b
@@ -58,6 +58,12 @@ class TokenFile:
         text = '' if self.n_words is None else f", {self.n_words:,} words, {human_bytes(self.n_bytes)} of text, {self.n_lines:,} lines"
         return f"TokenFile({self.source}: {self.n_tokens:,} tokens{text}, {self.n_docs:,} documents)"
 
+# %% ../nbs/02_data.ipynb #0607f124
+def _is_count(x): return type(x) is int and 0 <= x < 2**48
+def _is_text(x): return type(x) is str
+_FORM = dict(n_tokens=_is_count, n_docs=_is_count, dtype=lambda x: x in ('<u2', '<u4'), part=lambda x: type(x) is dict, checksum=lambda x: type(x) is int,
+             **dict.fromkeys(('n_words', 'n_bytes', 'n_lines'), lambda x: x is None or _is_count(x)), **dict.fromkeys(('source', 'source_hash', 'tokenizer_hash'), _is_text))
+
 # %% ../nbs/02_data.ipynb #630809f5
 def open_tokens(
     path,             # a token file
@@ -65,17 +71,22 @@ def open_tokens(
 )->TokenFile:
     "Open a token file, refusing a torn or altered one"
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode): raise ValueError('it is a folder, a pipe or a device')
         with open(path, 'rb') as f: return _read(f, path, verify)
     except FileNotFoundError: raise UserError(f"no token file at {path}") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is not a whole token file ({e}); remove it and it will be made again") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as e:
+        raise UserError(f"{path} is not a whole token file ({getattr(e, 'strerror', None) or e}); remove it and it will be made again") from None
 
 def _read(f, path, verify):
     head = json.loads(f.read(HEADER))
     if head.get('format') != FORMAT: raise ValueError(f"its format is {head.get('format')!r}, not {FORMAT!r}")
     file = TokenFile(Path(path), **{k.name: head[k.name] for k in fields(TokenFile)[1:]})
+    for name, right in _FORM.items():
+        if not right(getattr(file, name)): raise ValueError(f"its {name} is {shown(getattr(file, name))}")
     if os.fstat(f.fileno()).st_size != file.docs_at + 8*file.n_docs: raise ValueError('its length is wrong')
     if verify and _checksum(head, f) != file.checksum: raise ValueError('its checksum is wrong')
+    starts = file.doc_starts if verify and file.n_docs else np.zeros(1)
+    if starts[0] < 0 or starts[-1] > file.n_tokens or (starts[1:] < starts[:-1]).any(): raise ValueError('its documents are out of order')
     return file
 
 # %% ../nbs/02_data.ipynb #bde0dd97
@@ -194,7 +205,7 @@ def token_place(
     "The place in the cache of (a part of) a source under a tokenizer"
     key = hashlib.sha256(json.dumps([FORMAT, source.hash(), tokenizer.hash, part]).encode()).hexdigest()
     header = dict(n_words=0, n_bytes=0, n_lines=0, dtype='<u2' if tokenizer.vocab_size <= 1<<16 else '<u4', source=source.name[:200],
-                  source_hash=source.hash(), tokenizer_hash=tokenizer.hash, part=dict(part))
+                  source_hash=source.hash(), tokenizer_hash=tokenizer.hash, vocab_size=tokenizer.vocab_size, part=dict(part))
     return cache_folder(cache)/f"{key[:32]}.tokens", header
 
 # %% ../nbs/02_data.ipynb #a90c51f3
@@ -216,7 +227,8 @@ def reuse_tokens(
     try: file = open_tokens(path)
     except UserError as e: return warnings.warn(f"{e.args[0].partition(';')[0]}; it is made again")
     same = [getattr(file, k) == header[k] for k in ('source_hash', 'tokenizer_hash', 'dtype')]
-    if all(same) and header['part'].items() <= file.part.items(): return file
+    known = len(file) and file.ids.max() < header['vocab_size']  # an id beyond the vocabulary would stop the model, on a GPU for good
+    if all(same) and known and header['part'].items() <= file.part.items(): return file
     warnings.warn(f"{path} holds other tokens than it is named for, so files were exchanged; it is made again")
 
 # %% ../nbs/02_data.ipynb #78d188ed

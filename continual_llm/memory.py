@@ -10,7 +10,7 @@ import os, re, shutil
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from .core import UserError, atomic_file, in_range, numpy_generator, read_json, sync_folder, write_json
+from .core import UserError, as_path, atomic_file, in_range, numpy_generator, read_json, shown, sync_folder, write_json
 from .data import TokenFile, open_tokens, write_tokens
 
 # %% ../nbs/02c_memory.ipynb #ba6ad032
@@ -73,6 +73,9 @@ class Domain:
         folder = Path(folder)
         facts = ('name', 'number', 'source_hash', 'tokenizer_hash')
         about = read_json(folder/'domain.json', 'domain', (*facts, *_SIDES))
+        kinds = [type(about[k]) for k in facts]
+        if kinds != [str, int, str, str] or about['name'] != folder.name or about['number'] < 0:
+            raise UserError(f"{folder/'domain.json'} is not of this domain: {shown({k: about[k] for k in facts})}; bring back the run's memory from a copy")
         return cls(*[about[k] for k in facts], *[_known(folder/f"{side}.tokens", about[side]) for side in _SIDES])
 
 # %% ../nbs/02c_memory.ipynb #213c0b81
@@ -80,7 +83,7 @@ def domains(
     folder, # a run's `memory` folder; need not exist
 )->list:    # of `Domain`, in the order of learning
     "All domains a run remembers"
-    found = [Domain.load(p.parent) for p in Path(folder).glob('[!.]*/domain.json')]
+    found = [Domain.load(p.parent) for p in as_path('folder', folder).glob('[!.]*/domain.json')]
     return sorted(found, key=lambda d: d.number)
 
 # %% ../nbs/02c_memory.ipynb #d12f2959
