@@ -246,6 +246,8 @@ class Job:
     def go_on(self)->dict:
         "What stands in `run.json`, if it is of the same run"
         record = read_json(self.folder/'run.json', 'run', ('settings', 'threads'))
+        in_range(f"{self.folder/'run.json'}: threads", record['threads'], 1, 1024, whole=True)
+        if not isinstance(record['settings'], dict): raise UserError(f"{self.folder/'run.json'} was damaged: its settings are no table; begin anew with --overwrite")
         check_same(record['settings'], self.settings, self.folder)
         return record
 

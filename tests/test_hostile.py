@@ -202,9 +202,9 @@ def token_files(good):
         return json.dumps(changed).encode().ljust(HEADER-1)[:HEADER-1] + b'\n' + body
     starts = len(body) - 8*docs
     def with_starts(f): return forged(body[:starts] + b''.join(struct.pack('<q', f(i)) for i in range(docs)))
-    odd = (None, -1, 0, 1, 2**40, 2**70, 10**300, 1e308, 'x', [], {}, True, [[1]], 'O', '<f4', '>u2', '<u8', '|V2', 'U1', 'M8[s]', [['a', '<u2']], 'u2,'*99, '<u4')
-    made = {f'{k}_{v!r:.15}': forged(**{k: v}) for k in head if k != 'checksum' for v in odd if v != head[k]}
-    made |= {f'size_{a}_{b}': forged(bytes(max(0, -(-2*a // 8)*8 + 8*b)), n_tokens=a, n_docs=b) for a, b in ((0, 0), (0, 5), (5, 0), (-4, 3), (4, -1), (10**6, 10**6))}
+    kinds = ('O', '<f4', '>u2', '<u8', '|V2', 'U1', 'M8[s]', [['a', '<u2']], 'u2,'*99, '<u4')
+    made = {f'{k}_{v!r:.15}': forged(**{k: v}) for k in head if k != 'checksum' for v in (None, -1, 0, 2**40, 10**300, 1e308, 'x', [], {}, True, *(kinds if k == 'dtype' else ())) if v != head[k]}
+    made |= {f'size_{a}_{b}': forged(bytes(max(0, -(-2*a // 8)*8 + 8*b)), n_tokens=a, n_docs=b) for a, b in ((0, 0), (0, 5), (5, 0), (-4, 3), (4, -1), (500, 500))}
     return dict(made, ids_outside=forged(b'\xff'*starts + body[starts:]), one_outside=forged(b'\xff\xff' + body[2:]), starts_negative=with_starts(lambda i: -i), starts_beyond=with_starts(lambda i: i*2**40), starts_back=with_starts(lambda i: docs-i),
         starts_same=with_starts(lambda i: 0), starts_late=with_starts(lambda i: i+1), no_json=b'x'*len(good), nesting=b'['*HEADER + body, digits=b'9'*HEADER + body, no_header=body, text=b'hello', nothing=b'', nul=bytes(10**5), a_list=b'[]'.ljust(HEADER) + body,
         wrong_checksum=good[:-1] + b'\x7f', cut=good[:-8], more=good + bytes(8), nan=good[:HEADER].replace(b'"n_docs": ', b'"n_docs": NaN, "x": ')[:HEADER] + body)
@@ -254,7 +254,7 @@ def states():
 
 # --- the child that opens them ----------------------------------------------------------------------------------------------------------------------
 
-FORBIDDEN = ('os.system', 'os.exec', 'os.posix_spawn', 'os.spawn', 'os.fork', 'os.forkpty', 'os.kill', 'subprocess.', 'socket.', 'ctypes.', 'webbrowser.', 'code.__new__', 'exec', 'pickle.', 'shutil.move')
+FORBIDDEN = ('os.system', 'os.exec', 'os.posix_spawn', 'os.spawn', 'os.fork', 'os.forkpty', 'os.kill', 'subprocess.', 'socket.connect', 'socket.bind', 'socket.__new__', 'ctypes.', 'webbrowser.', 'code.__new__', 'exec', 'pickle.', 'shutil.move')
 
 
 class Hang(BaseException): "A case took longer than any should"
@@ -408,11 +408,12 @@ def token_cases(watch, home):
     path, = (home/'own').glob('*.tokens')
     good = path.read_bytes()
     def same(): assert watch.command(*command) == right, 'another score'
-    for name, data in token_files(good).items():
+    harmless = ('source_', 'part_', 'n_words', 'n_bytes', 'n_lines', 'vocab_size', 'ids_outside', 'one_outside', 'starts_same', 'starts_late', 'size_', "dtype_'<u4'")  # whole, though not what they say
+    for i, (name, data) in enumerate(token_files(good).items()):
         fresh(path, data)
-        harmless = name.startswith(('source_', 'part_', 'n_words', 'n_bytes', 'n_lines'))
-        if not name.startswith('tokenizer_hash'): watch.case('token files', name, lambda: len(open_tokens(path).ids), {name} if harmless or name in ('ids_outside', 'one_outside', 'starts_same', 'starts_late', 'size_5_0', 'dtype_\'<u4\'') else ())
-        watch.case('token files', name, same, {name})
+        watch.case('token files', name, lambda: len(open_tokens(path).ids), {name} if name.startswith((*harmless, 'tokenizer_hash')) else ())
+        if name.startswith(('n_words', 'n_bytes', 'size_')): watch.case('token files', name, lambda: watch.command(*command), {name})  # a forgery that only the text itself could tell
+        elif i % 8 == 0 or '_' not in name or 'outside' in name or 'starts' in name: watch.case('token files', name, same, {name})
     shutil.copy(next(p for p in (home/'cache').glob('*.tokens') if p.read_bytes() != good), path)
     watch.case('token files', 'of another text', same, {'of another text'})
     for kind, f in special(path, same): watch.case('token files', kind, f, {kind})
@@ -420,7 +421,7 @@ def token_cases(watch, home):
     about = {k: v for k, v in json.loads((place/'domain.json').read_text()).items() if k != 'checksum'}  # which a hand leaves out
     for name, text in around(about).items():
         fresh(place/'domain.json', text)
-        fine = name.startswith(('source_x', 'source_[', 'source_{', 'source_N', 'source_-', 'source_0', 'source_3', 'source_1', 'source_T', 'source_.', "source_'", 'share', 'max_bytes', 'seed', 'without_source', 'without_share', 'without_max', 'without_seed', 'number'))
+        fine = name.startswith(('source_hash_\'', 'tokenizer_hash_\'', 'replay_None', 'val_None', 'source_x', 'source_[', 'source_{', 'source_N', 'source_-', 'source_0', 'source_3', 'source_1', 'source_T', 'source_.', "source_'", 'share', 'max_bytes', 'seed', 'without_source', 'without_share', 'without_max', 'without_seed', 'number'))
         watch.case('memory', name, lambda: [repr(d) for d in domains(home/'run'/'memory')], {name} if fine else ())
     fresh(place/'domain.json', json.dumps(about))
     for path in (place/'domain.json', place/'replay.tokens', place/'val.tokens'):
