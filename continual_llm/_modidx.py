@@ -547,6 +547,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'continual_llm/optim.py'),
                                      'continual_llm.optim.Together.step': ('optim.html#together.step', 'continual_llm/optim.py'),
                                      'continual_llm.optim.Together.zero_grad': ('optim.html#together.zero_grad', 'continual_llm/optim.py'),
+                                     'continual_llm.optim._fits': ('optim.html#_fits', 'continual_llm/optim.py'),
+                                     'continual_llm.optim._fitting': ('optim.html#_fitting', 'continual_llm/optim.py'),
                                      'continual_llm.optim.decay_groups': ('optim.html#decay_groups', 'continual_llm/optim.py'),
                                      'continual_llm.optim.make_optimizer': ('optim.html#make_optimizer', 'continual_llm/optim.py'),
                                      'continual_llm.optim.orthogonalize': ('optim.html#orthogonalize', 'continual_llm/optim.py')},

@@ -8,6 +8,7 @@ __all__ = ['aside', 'Views', 'History', 'thin', 'smooth', 'draw']
 # %% ../nbs/06a_history.ipynb #d09e3e9a
 import math, sys
 from pathlib import Path
+from .core import UserError
 from .metrics import new_figure, perplexity
 
 # %% ../nbs/06a_history.ipynb #92f6abb6
@@ -75,7 +76,10 @@ class History:
 
     def restore(self, state:dict)->None:
         "Go on from a `state()`, and let the views catch up"
-        self.records = [dict(r) for r in state['records']]
+        records = state.get('records') if isinstance(state, dict) else None
+        if not isinstance(records, list) or not all(isinstance(r, dict) and isinstance(r.get('kind'), str) for r in records):
+            raise UserError("the saved history is no list of records; use the state of this very run, or begin anew")
+        self.records = [dict(r) for r in records]
         self.views.tell('restore', self)
 
     @classmethod

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 import torch
 from torch import nn
-from .core import in_range, multiplies_bf16, one_of
+from .core import UserError, in_range, multiplies_bf16, one_of
 
 # %% ../nbs/08a_optim.ipynb #489a2c26
 @dataclass(frozen=True)
@@ -100,6 +100,20 @@ class Together:
         "Go on from `state_dict`"
         for o, s in zip(self.opts, state['opts']): o.load_state_dict(s)
 
+# %% ../nbs/08a_optim.ipynb #a34bcebd
+_MOMENTS = dict(AdamW={'step', 'exp_avg', 'exp_avg_sq'}, Muon={'momentum'})
+
+def _fits(name, moment, p):
+    return isinstance(moment, torch.Tensor) and moment.is_floating_point() and moment.shape == (() if name == 'step' else p.shape)
+
+def _fitting(opt, saved):
+    "A saved state under this optimizer's own settings, if every moment is as large as its weight"
+    params, wanted, state = [p for g in opt.param_groups for p in g['params']], _MOMENTS[type(opt).__name__], saved.get('state')
+    fits = isinstance(state, dict) and set(state) <= set(range(len(params))) and all(
+        isinstance(s, dict) and set(s) == wanted and all(_fits(name, moment, params[i]) for name, moment in s.items()) for i, s in state.items())
+    if not fits: raise UserError("the optimizer's saved state does not fit the model's weights; use the state of this very run, or begin anew")
+    return dict(state=state, param_groups=opt.state_dict()['param_groups'])
+
 # %% ../nbs/08a_optim.ipynb #f60aeccd
 def make_optimizer(
     model:nn.Module,                    # whose parameters are trained
@@ -113,5 +127,6 @@ def make_optimizer(
     taken = {id(p) for p in inner}
     groups = decay_groups([p for p in model.parameters() if id(p) not in taken], config.weight_decay)
     adamw = torch.optim.AdamW(groups, lr=0., betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-    if not inner: return adamw
-    return Together(Muon(inner, lr=0., momentum=config.momentum, weight_decay=config.weight_decay), adamw)
+    muon = [Muon(inner, lr=0., momentum=config.momentum, weight_decay=config.weight_decay)] if inner else []
+    for opt in (*muon, adamw): opt.register_load_state_dict_pre_hook(_fitting)
+    return Together(*muon, adamw) if muon else adamw

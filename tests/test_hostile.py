@@ -337,7 +337,7 @@ def made(home):
     (home/'text.txt').write_text(TEXT)
     (home/'tiny.yaml').write_text(TINY)
     train_tokenizer(home/'text.txt', 300, save=home/'tok')
-    pretrain(str(home/'text.txt'), str(home/'tiny.yaml'), tokenizer=str(home/'tok'), epochs=1, batch_size=2, grad_accumulation=1, max_steps=3, save_dir=str(home/'run'), cache=str(home/'cache'), quiet=True)
+    pretrain(str(home/'text.txt'), str(home/'tiny.yaml'), tokenizer=str(home/'tok'), epochs=1, batch_size=2, grad_accumulation=1, max_steps=3, save_every=1, save_dir=str(home/'run'), cache=str(home/'cache'), quiet=True)
 
 
 def archive_cases(watch, home):
@@ -435,7 +435,7 @@ def setting_cases(watch, home):
     from continual_llm.model import model_config
     from continual_llm.source import Source
     from continual_llm.archive import save_object
-    flags = ('--data', home/'text.txt', '--tokenizer', home/'tok', '--epochs', 1, '--batch_size', 2, '--grad_accumulation', 1, '--max_steps', 3, '--cache', home/'cache')
+    flags = ('--data', home/'text.txt', '--tokenizer', home/'tok', '--epochs', 1, '--batch_size', 2, '--grad_accumulation', 1, '--max_steps', 3, '--save_every', 1, '--cache', home/'cache')
     for name, text in CONFIGS.items():
         fresh(home/'h.yaml', text)
         watch.case('configs', name, lambda: model_config(home/'h.yaml'))
@@ -455,14 +455,17 @@ def setting_cases(watch, home):
         watch.case('run.json', name, resumed, {name} if name.startswith(('device', 'status', 'versions', 'result', 'threads', 'without_device', 'without_status', 'without_versions', 'without_result')) else ())
     for kind, f in special(run/'run.json', resumed): watch.case('run.json', kind, f, {'circle', 'nowhere'})
     fresh(run/'run.json', json.dumps(record))
-    last = max((run/'last').glob('*.pt'))
+    newest, last = run/'last'/'000003.pt', run/'last'/'000002.pt'
     good = last.read_bytes()
+    def resumed_a_step():
+        newest.unlink(missing_ok=True)
+        resumed()
     for name, change in states().items():
         fresh(last, good)
         state = load_object(last)
         change(state)
         fresh(last, seal(saved(state)))
-        watch.case('resume states', name, resumed, {name})
+        watch.case('resume states', name, resumed_a_step, {name})
     fresh(last, good)
 
 
