@@ -278,3 +278,37 @@ def test_long_texts_do_not_hide_the_line(capsys, here):
     "However the failure came about, what is printed is one line"
     line = refused(capsys, here, *with_flag(config='a\nb'), words=['a'])
     assert line.count('\n') == 0
+
+
+def python_calls():
+    "The same mistakes through Python, and values of a wrong kind: name -> (call, words the line must hold)"
+    import numpy as np
+    from continual_llm.evaluate import evaluate
+    from continual_llm.generate import generate, load_model
+    from continual_llm.model import ContinualLLM, model_config
+    from continual_llm.source import Source
+    from continual_llm.tokenizer import Tokenizer, tokenizer_of, train_tokenizer
+    from continual_llm.train import pretrain
+    base = dict(data='text.txt', config='tiny', tokenizer='tok', epochs=1, batch_size=2, grad_accumulation=1, max_seq_len=32, max_steps=2, save_dir='new', cache='cache', quiet=True)
+    def run(**new): return lambda: pretrain(**{**base, **new})
+    def write(**new): return lambda: generate(*load_model('run', device='cpu')[:2], **{'prompt': 'the', 'max_tokens': 1, **new})
+    calls = {f'pretrain {k}={str(v)[:20]}': (run(**{k: v}), [k]) for k, vs in dict(data=(None, 3, [], b'x', ''), val_split=('0.1', True, np.float64(2)), batch_size=('4', 2.5, None, [2], 10**400), epochs=('3', np.int64(0)), learning_rate=('1e-3', None, [1e-3]),
+             seed=(1.5, 'x', 2**63), dropout=('0.1', 1), max_seq_len=('64', 0.5), field=(3, ['text']), device=(3,), precision=(16,), optimizer=(None,)).items() for v in vs}
+    calls |= {f'generate {k}={str(v)[:20]}': (write(**{k: v}), [k]) for k, vs in dict(prompt=(None, 3, [None], b'x'), max_tokens=('1', -1, 1.5), temperature=('hot', None), stop=(3, ['']), forbid=([None], '\ud800'), seed=('x', 1.5), top_k=(10**400,)).items() for v in vs}
+    calls |= {f'load_model {str(v)[:20]}': (lambda v=v: load_model(v), ['model=']) for v in (None, 3, b'x', '', 'x'*5000, 'a\0b')} | {f'Tokenizer.load {str(v)[:20]}': (lambda v=v: Tokenizer.load(v), ['tokenizer=']) for v in (None, 3, '', 'x'*5000)}
+    return calls | dict(no_model=(lambda: generate('run', Tokenizer.load('tok'), 'x'), ['load_model']), checkpoint=(lambda: ContinualLLM.from_checkpoint('run'), ['load_checkpoint']), config=(lambda: model_config(dict(d_model=None)), ['d_model=None']),
+        config_kind=(lambda: model_config(3), ['config=']), evaluated=(lambda: evaluate(None, 'text.txt'), ['model=None']), measured=(lambda: evaluate('run', None), ['data=None']), field=(lambda: Source.of('text.txt', field=None), ['field=None']),
+        vocabulary=(lambda: train_tokenizer('text.txt', '300'), ["vocab_size='300'", 'quotes']), save=(lambda: train_tokenizer('text.txt', 300, save=3), ['save=3']), replace=(lambda: train_tokenizer('text.txt', 300, overwrite='no'), ["overwrite='no'"]),
+        markers=(lambda: train_tokenizer('text.txt', 300, markers=3), ['markers=3']), encoded=(lambda: Tokenizer.load('tok').encode(None), ['not text']), decoded=(lambda: Tokenizer.load('tok').decode('x'), ['ids=']), found=(lambda: tokenizer_of(None), ['model=None']))
+
+
+def test_python_functions(here):
+    "Each raises one line that names the value, and leaves the folder as it was"
+    from continual_llm.core import UserError
+    before = snapshot(here)
+    for name, (call, words) in python_calls().items():
+        try: call()
+        except UserError as e: line = str(e)
+        else: pytest.fail(f'{name} was accepted')
+        assert '\n' not in line and len(line) < 700 and all(w in line for w in words), (name, line)
+    assert snapshot(here) == before

@@ -1,5 +1,5 @@
-"Checkpoints under damage, full disks, hostile files and kills: nothing is lost, nothing wrong is loaded, nothing runs"
-import contextlib, errno, itertools, os, pickle, random, resource, shutil, signal, struct, subprocess, sys, time, zipfile
+"Checkpoints under damage, full disks and kills: nothing is lost, nothing wrong is loaded (files made to do harm: test_hostile.py)"
+import contextlib, errno, itertools, os, random, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from unittest.mock import patch
 import pytest
@@ -208,94 +208,6 @@ def test_a_failed_sync_is_not_tried_again(store):
     def failing(fd): calls.append(fd); raise OSError(errno.EIO, 'Input/output error')
     with patch('os.fsync', failing), pytest.raises(StorageError): store.save_last(state(30), 30)
     assert len(calls) == 1
-
-
-# --- hostile files -------------------------------------------------------------------------------------------------------------------------------------
-
-HOSTILE = r'''
-import io, os, pickle, resource, struct, sys, time, zipfile, hashlib, collections
-from pathlib import Path
-import torch
-from continual_llm.archive import MAGIC, TRAILER, load_object, DamagedFile
-from continual_llm.core import UserError
-from continual_llm.checkpoint import load_checkpoint
-folder, canary = Path(sys.argv[1]), Path(sys.argv[1])/'canary'
-
-class Call:
-    def __init__(self, f, *args): self.f, self.args = f, args
-    def __reduce__(self): return self.f, self.args
-
-def seal(data): return data + TRAILER.pack(MAGIC, len(data), hashlib.sha256(data).digest())
-def zipped(pickled, how=zipfile.ZIP_STORED, **more):
-    b = io.BytesIO()
-    with zipfile.ZipFile(b, 'w', how) as z:
-        z.writestr('archive/data.pkl', pickled); z.writestr('archive/version', '3'); z.writestr('archive/byteorder', 'little')
-        for n, d in more.items(): z.writestr('archive/data/'+n.strip('_'), d)
-    return b.getvalue()
-def saved(obj):
-    b = io.BytesIO(); torch.save(obj, b); return b.getvalue()
-
-import builtins, subprocess, importlib, shutil, functools, operator, runpy, ctypes, webbrowser, types, code, copyreg, tempfile, pathlib, socket, codecs, marshal, timeit, pdb
-touch = f"open({str(canary)!r}, 'w').close()"
-calls = dict(system=Call(os.system, f'touch {canary}'), eval=Call(eval, touch), exec=Call(exec, touch), popen=Call(subprocess.Popen, ['touch', str(canary)]),
-    run=Call(subprocess.run, ['touch', str(canary)]), output=Call(subprocess.check_output, ['touch', str(canary)]), open=Call(open, str(canary), 'w'), mkdir=Call(os.mkdir, str(canary)),
-    spawn=Call(os.spawnlp, 0, 'touch', 'touch', str(canary)), ospopen=Call(os.popen, f'touch {canary}'), compile=Call(compile, touch, 'x', 'exec'), imp=Call(importlib.import_module, 'antigravity'),
-    dunder=Call(builtins.__import__, 'antigravity'), getattr=Call(getattr, [], 'append'), partial=Call(functools.partial, os.system, 'x'), attr=Call(operator.attrgetter, 'system'),
-    caller=Call(operator.methodcaller, 'x'), loads=Call(pickle.loads, pickle.dumps(Call(os.system, f'touch {canary}'))), torchload=Call(torch.load, str(canary)), hub=Call(torch.hub.load, 'a/b', 'c'),
-    jit=Call(torch.jit.load, str(canary)), runpy=Call(runpy.run_path, str(canary)), cdll=Call(ctypes.CDLL, 'libc.so.6'), web=Call(webbrowser.open, 'http://localhost'), rmtree=Call(shutil.rmtree, str(folder/'x')),
-    move=Call(shutil.move, sys.argv[0], str(canary)), path=Call(pathlib.PosixPath, 'a'), temp=Call(tempfile.mkdtemp, 'a', 'b', str(folder)), socket=Call(socket.socket), timeit=Call(timeit.timeit, touch, 'pass', ),
-    unlink=Call(os.unlink, str(folder/'x')), marshal=Call(marshal.loads, marshal.dumps(compile(touch, 'x', 'exec'))), frozen=frozenset([1]), cls=Call, type=Call(type, 'X', (), {}), counter=collections.Counter('abc'),
-    deque=collections.deque([1]), array=Call(bytearray, 10**12), many=Call(bytes, 10**12), rng=Call(range, 10**12), lst=Call(list, range(9)), sets={1, 2}, cplx=1j, codec=Call(codecs.encode, 'a', 'rot13'),
-    sparse=torch.eye(3).to_sparse(), meta=torch.zeros(10**12, device='meta'), param=torch.nn.Parameter(torch.zeros(1)), module=torch.nn.Linear(2, 2), size=torch.Size([10**12]), device=torch.device('cpu'), dtype=torch.float8_e4m3fn)
-files = {n: saved(dict(w=o)) for n, o in calls.items()}
-
-T = lambda storage='FloatStorage', key='0', numel='J\x04\x00\x00\x00', offset='K\0', size='K\4\x85', stride='K\1\x85': (
-    f'\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\n{storage}\nX{chr(len(key))}\0\0\0{key}X\3\0\0\0cpu'.encode('latin1') + numel.encode('latin1') + b'tQ'
-    + offset.encode('latin1') + size.encode('latin1') + stride.encode('latin1') + b'\x89ccollections\nOrderedDict\n)RtR.')
-big = '\x8a\x06\0\0\0\0\0\x01'  # 2**40
-raw = dict(empty=b'', stop=b'.', nostop=b'\x80\x02]', protocol=b'\x80\x7f].', noise=os.urandom(5000), deep=b'\x80\x02' + b']'*10**5 + b'a'*99_999 + b'.', deeper=b'\x80\x02' + b'('*10**5 + b't'*10**5 + b'.',
-    laughs=b'\x80\x02]q\0' + b''.join(b'(' + b'h'+bytes([i])*1 + b'h'+bytes([i]) + b'l' + b'q'+bytes([i+1]) for i in range(60)) + b'.', memo=b'\x80\x02]r\xff\xff\xff\x7f.', get=b'\x80\x02h\5.',
-    long=b'\x80\x02\x8b\xff\xff\xff\x7f1.', neglong=b'\x80\x02\x8b\xff\xff\xff\xff1.', text=b'\x80\x02X\xff\xff\xff\x7fab.', utf=b'\x80\x02X\2\0\0\0\xff\xfe.', ascii=b'I1' + b'0'*10**6 + b'\n.',
-    inst=b'(S"id"\nios\nsystem\n.', stackglobal=b'\x80\x04\x8c\x05posix\x94\x8c\x06system\x94\x93.', obj=b'(cos\nsystem\no.', ext=b'\x80\x02\x82\1.', persid=b'Pabc\n.', buffer=b'\x80\x05\x97.',
-    bytearray8=b'\x80\x05\x96\xff\xff\xff\xff\xff\xff\xff\x7fabc.', build=b'\x80\x02ccollections\nOrderedDict\n)R}X\x09\0\0\0__class__K\1sb.', odd=b'\x80\x02K\1Q.', pop=b'\x80\x020000.', mark=b'\x80\x02((((t.',
-    reduce=b'\x80\x02ccollections\nOrderedDict\nK\1R.', dotted=b'\x80\x02ccollections\nabc.os.system\n.', spaced=b'\x80\x02cos system\nx\n.', nested=b'\x80\x02ccollections\nOrderedDict\n(]tR.', float=b'\x80\x02G\0.',
-    key=T(key='../x'), absent=T(key='7'), numel=T(numel=big), size=T(size=big+'\x85'), stride=T(size=big+'\x85', stride='K\0\x85'), negative=T(size='J\xff\xff\xff\xff\x85'), offset=T(offset=big),
-    offset2=T(offset='J\xf0\xff\xff\xff'), dims=T(size='K\4\x85', stride='K\1K\1\x86'), quant=T(storage='QInt8Storage'), dtype=T(storage='DoubleStorage'), untyped=T(storage='UntypedStorage'), fine=T())
-files |= {'raw_'+n: zipped(p, _0_=bytes(16)) for n, p in raw.items()}
-files |= dict(bomb=zipped(b'0'*10**8, zipfile.ZIP_DEFLATED), nozip=b'x'*999, pickled=pickle.dumps(dict(a=1)), legacy=b'', cut=zipped(T())[:-30], doubled=zipped(T(), _0_=bytes(16))*2,
-    headers=zipped(T(), _0_=bytes(16)).replace(b'\x10\0\0\0', b'\xff\xff\xff\x7f'), names=zipped(T(), _0_=bytes(16)).replace(b'archive/data/0', b'archive/../../0'[:14]))
-b = io.BytesIO(); torch.save(dict(a=torch.zeros(2)), b, _use_new_zipfile_serialization=False); files['legacy'] = b.getvalue()
-
-(folder/'x').mkdir()
-free = int(next(l for l in open('/proc/self/status') if l.startswith('VmSize')).split()[1])*1024 if os.path.exists('/proc/self/status') else 2**34
-resource.setrlimit(resource.RLIMIT_AS, (free + 2**30, free + 2**30))
-bad, slowest = [], 0.
-for name, data in files.items():
-    p = folder/'h.pt'
-    p.write_bytes(seal(data))
-    for reader in (load_object, load_checkpoint):
-        begun = time.perf_counter()
-        try: got = reader(p)
-        except UserError as e:
-            if chr(10) in str(e) or 'weights_only' in str(e) or str(p) not in str(e): bad.append((name, 'said', str(e)[:200]))
-        except BaseException as e: bad.append((name, type(e).__name__, str(e)[:200]))
-        else:
-            ok = name in ('raw_fine', 'raw_laughs', 'raw_nested', 'doubled', 'raw_stride', 'raw_deep', 'raw_deeper', 'raw_mark', 'raw_build', 'raw_memo') and reader is load_object
-            if not ok: bad.append((name, 'loaded', type(got).__name__))
-        slowest = max(slowest, time.perf_counter() - begun)
-    if canary.exists() or not (folder/'x').exists(): bad.append((name, 'RAN')); canary.unlink(missing_ok=True); (folder/'x').mkdir(exist_ok=True)
-print('tried', len(files), 'slowest', round(slowest, 2), 'bad', bad)
-'''
-
-
-@pytest.mark.skipif(os.name != 'posix', reason='needs a limit on memory')
-def test_hostile_files_are_refused_and_nothing_runs(tmp_path):
-    "In a child with capped memory; each file carries a right checksum"
-    done = subprocess.run([sys.executable, '-c', HOSTILE, str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    words = done.stdout.split()
-    print(done.stdout)
-    assert int(words[1]) > 90 and done.stdout.rstrip().endswith('bad []'), done.stdout
 
 
 # --- kills ---------------------------------------------------------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def texts():
     bomb = gzip.compress(b'\n' * 20_000_000, 9)
     return {'blank.txt.gz': bomb, 'short.txt.gz': gzip.compress(b'0\n' * 10_000_000, 9), 'zeros.txt.gz': gzip.compress(bytes(100_000_000), 1), 'line.txt.gz': gzip.compress(b'x' * 50_000_000, 1), 'twice.txt.gz': gzip.compress(bomb),
         'members.txt.gz': bomb * 20, 'header.txt.gz': b'\x1f\x8b\x08\x1c' + b'\xff' * 9999, 'name.txt.gz': b'\x1f\x8b\x08\x08' + bytes(6) + b'x' * 10**6, 'cut.txt.gz': bomb[:100], 'noise.txt.gz': b'\x1f\x8b\x08\0' + random.Random(0).randbytes(9999), 'stored.txt.gz': bomb[:12] + b'\0' * 999,
-        'deep.jsonl': b'[' * 2_000_000, 'maps.jsonl': b'{"a":' * 400_000, 'lists.jsonl': b'{"text": [' + b'[],' * 5_000_000 + b'0]}', 'keys.jsonl': b'{' + b','.join(b'"%d":0' % i for i in range(10**6)) + b'}', 'digits.jsonl': b'{"text": ' + b'9' * 10**6 + b'}', 'long.jsonl': b'{"text": "' + b'x' * 40_000_000 + b'"}',
+        'deep.jsonl': b'[' * 2_000_000, 'maps.jsonl': b'{"a":' * 400_000, 'lists.jsonl': b'{"text": [' + b'[],' * 1_000_000 + b'0]}', 'keys.jsonl': b'{' + b','.join(b'"%d":0' % i for i in range(10**6)) + b'}', 'digits.jsonl': b'{"text": ' + b'9' * 10**6 + b'}', 'long.jsonl': b'{"text": "' + b'x' * 40_000_000 + b'"}',
         'float.jsonl': b'{"text": 1' + b'0' * 10**6 + b'.0}', 'escapes.jsonl': b'{"text": "' + b'\\u0000' * 10**5 + b'"}', 'pair.jsonl': b'{"text": "\\ud800"}', 'bomb.jsonl.gz': gzip.compress(b'{"text": "' + b'x' * 50_000_000 + b'"}', 1), 'nul.txt': bytes(10**6), 'crowd.txt': b'\xff' * 10**6}
 
 
@@ -243,9 +243,9 @@ def states():
             s[path[-1]] = to
         return change
     def moments(f): return lambda s: [m.update({k: f(v) for k, v in m.items() if torch.is_tensor(v)}) for m in s['optimizer']['state'].values()]
-    odd = (None, [], {}, 'x', 3, -1, float('nan'), [1], torch.zeros(2))
+    odd = (None, [], 'x', -1, torch.zeros(2))
     made = {f'{k}_{v!r:.12}': put(k, to=v) for k in ('optimizer', 'history', 'progress', 'model_state_dict', 'config', 'facts', 'step', 'format_version') for v in odd}
-    made |= {f'progress_{k}_{v!r:.12}': put('progress', k, to=v) for k in ('step', 'evaluated', 'best_loss', 'best_epoch', 'nats', 'stopped', 'seconds', 'new') for v in ('x', None, -5, 10**15, [])}
+    made |= {f'progress_{k}_{v!r:.12}': put('progress', k, to=v) for k in ('step', 'best_loss', 'nats', 'stopped', 'new') for v in ('x', None, -5, [])}
     made |= {f'history_{v!r:.12}': put('history', 'records', to=v) for v in odd} | {f'records_{v!r:.12}': put('history', 'records', to=[v]*3) for v in odd} | {f'optimizer_{k}_{v!r:.12}': put('optimizer', k, to=v) for k in ('state', 'param_groups') for v in odd}
     return dict(made, small_moments=moments(lambda t: t.flatten()[:1].clone()), no_moments=moments(lambda t: torch.zeros(0)), whole_moments=moments(lambda t: t.long()), nan_moments=moments(lambda t: t*float('nan')), large_moments=moments(lambda t: torch.zeros(10**6)),
         params=lambda s: s['optimizer']['param_groups'][0].update(params=[0]*9), lr=lambda s: s['optimizer']['param_groups'][0].update(lr='x'), group=lambda s: s['optimizer']['param_groups'][0].update(foreach='x', fused=3, betas=None),
@@ -450,7 +450,7 @@ def setting_cases(watch, home):
     resumed = lambda: watch.command('pretrain', '--resume', '--config', home/'tiny.yaml', '--save_dir', run, *flags)
     resumed()
     record = {k: v for k, v in json.loads((run/'run.json').read_text()).items() if k != 'checksum'}
-    for name, text in around(record, odd=(None, -1, 3, 10**9, 'x', [], {}, 'x'*10**5)).items():
+    for name, text in around(record, odd=(None, -1, 10**9, 'x', [])).items():
         fresh(run/'run.json', text)
         watch.case('run.json', name, resumed, {name} if name.startswith(('device', 'status', 'versions', 'result', 'threads', 'without_device', 'without_status', 'without_versions', 'without_result')) else ())
     for kind, f in special(run/'run.json', resumed): watch.case('run.json', kind, f, {'circle', 'nowhere'})
