@@ -10,12 +10,12 @@ __all__ = ['SAVE_MINUTES', 'FIRST_STEPS', 'LoopConfig', 'Parts', 'Progress', 'Ou
 
 # %% ../nbs/09_loop.ipynb #bcb2fa57
 import math, signal, threading, time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from typing import Callable
 import torch
 from torch import nn
-from .core import UserError, autocast, in_range, one_of, seed_everything
+from .core import UserError, autocast, in_range, one_of, seed_everything, shown
 from .distributed import Processes
 from .guard import ROLLBACKS, SKIPS, Guard, advice
 from .schedule import lr_at, set_lr
@@ -320,10 +320,16 @@ class Loop:
         **course,   # fields of `Progress` that go on instead of the state's
     ):
         "Put weights, moments, history and progress back"
-        self.model.load_state_dict(state['model_state_dict'])
-        self.opt.load_state_dict(state['optimizer'])
-        self.history.restore(state['history'])
-        self.at = Progress(**{**state['progress'], **course})
+        try:
+            self.model.load_state_dict(state['model_state_dict'])
+            self.opt.load_state_dict(state['optimizer'])
+            self.history.restore(state['history'])
+            self.at = Progress(**{**state['progress'], **course})
+            odd = [f.name for f in fields(Progress) if not isinstance(getattr(self.at, f.name), (int, float) if f.type is float else f.type)]
+            if odd: raise TypeError(f"its {odd[0]} is {shown(getattr(self.at, odd[0]))}")
+        except UserError: raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+            raise UserError(f"the resume state is not of this run ({e}); begin anew with --overwrite") from None
         self.replan()
 
     def replan(self):
