@@ -695,6 +695,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'continual_llm.train.make_parts': ('train.html#make_parts', 'continual_llm/train.py'),
                                      'continual_llm.train.pretrain': ('train.html#pretrain', 'continual_llm/train.py'),
                                      'continual_llm.train.quickstart': ('train.html#quickstart', 'continual_llm/train.py'),
+                                     'continual_llm.train.read_record': ('train.html#read_record', 'continual_llm/train.py'),
                                      'continual_llm.train.read_texts': ('train.html#read_texts', 'continual_llm/train.py'),
                                      'continual_llm.train.validation_share': ('train.html#validation_share', 'continual_llm/train.py'),
                                      'continual_llm.train.with_vocabulary': ('train.html#with_vocabulary', 'continual_llm/train.py')},
