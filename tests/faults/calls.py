@@ -97,8 +97,10 @@ def inside(home, whole, asked, seed):
     return row
 
 
-def small_disks(home, whole, asked, seed=0):
+def small_disks(server, home, asked, seed=0):
     "The row, or that mounting is not permitted here"
+    whole = home/'whole-disk'
+    if server.run(command(home, whole.name)): raise RuntimeError(server.lines()[-1])
     (home/'disk').mkdir(exist_ok=True)
     try: allowed = not subprocess.run([*APART, 'mount', '-t', 'tmpfs', 'tmpfs', str(home/'disk')], capture_output=True).returncode
     except FileNotFoundError: allowed = False

