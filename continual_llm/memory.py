@@ -83,7 +83,7 @@ def domains(
     folder, # a run's `memory` folder; need not exist
 )->list:    # of `Domain`, in the order of learning
     "All domains a run remembers"
-    found = [Domain.load(p.parent) for p in as_path('folder', folder).glob('[!.]*/domain.json')]
+    found = [Domain.load(p) for p in as_path('folder', folder).glob('[!.]*') if p.is_dir()]
     return sorted(found, key=lambda d: d.number)
 
 # %% ../nbs/02c_memory.ipynb #d12f2959

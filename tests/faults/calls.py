@@ -18,7 +18,12 @@ def lost(store, saved):
     for p in store.folder.glob('*/*.pt'): load_object(p)
 
 
-def after_failure(server, home, whole, name, cache, argv, words, mend=lambda: None):
+def short(home, *more, **kw):
+    "A run with all that a run writes: tokenizer, token files, memory, states, an epoch, best, final, log, curve; and what the server needs to know"
+    return command(home, *more, '--resume', '--max_steps', 18, trained=True, **kw), dict(learned=str(home/'tok'/'tokenizer.model'))
+
+
+def after_failure(server, home, whole, name, cache, argv, how, words, mend=lambda: None):
     "What is wrong with how a command that met a failure ended, and with how it goes on; empty if nothing is"
     code, said, saved = server.wait(), server.lines(), server.told('saved')
     ours = [line for line in said if line.startswith('continual-llm: ') and not line.startswith('continual-llm: note: ')]
@@ -28,7 +33,7 @@ def after_failure(server, home, whole, name, cache, argv, words, mend=lambda: No
     if code == 0: return run_difference(whole, home/name)
     if gone := lost(Checkpoints(home/name), saved): return f'{gone}, said {said}'
     mend()
-    if server.run(argv): return f'cannot go on after {said}: {server.lines()[-1:]}'
+    if server.run(argv, **how): return f'cannot go on after {said}: {server.lines()[-1:]}'
     return run_difference(whole, home/name) or ', '.join(leftovers(home/name))
 
 
@@ -36,17 +41,18 @@ def failing_call(server, home, whole, k, error, forever):
     "One run with a failing call; (what is wrong, the call)"
     name, cache = 'failing', 'failing_cache'
     for folder in (name, cache): shutil.rmtree(home/folder, ignore_errors=True)
-    argv = command(home, name, '--resume', trained=True, cache=cache)
-    server.run(argv, layer=dict(k=k, error=error, forever=forever))
+    argv, how = short(home, name, cache=cache)
+    server.run(argv, layer=dict(k=k, error=error, forever=forever), **how)
     hits = server.told('hits')
     if not hits or not hits[0]: return None, 'none'
-    return after_failure(server, home, whole, name, cache, argv, WORDS[error]), hits[0][0]
+    return after_failure(server, home, whole, name, cache, argv, how, WORDS[error]), hits[0][0]
 
 
 def calls(server, home, asked=0, seed=0, until=float('inf')):
     "A row for each error; `asked` points, or all there are"
     whole = home/'whole-calls'
-    if server.run(command(home, whole.name, cache='calls_cache'), layer=dict(k=0, error='EIO')): raise RuntimeError(server.lines()[-1])
+    argv, how = short(home, whole.name, cache='calls_cache')
+    if server.run(argv, layer=dict(k=0, error='EIO'), **how): raise RuntimeError(server.lines()[-1])
     total = server.told('calls')[0]
     for error in ERRORS:
         points = [(k, forever) for k in range(1, total+1) for forever in (False, True)]
@@ -76,10 +82,10 @@ def on_a_disk(server, home, whole, kilobytes):
     disk = home/'disk'
     mount(disk, kilobytes)
     try:
-        argv = command(home, 'disk/run', '--resume', trained=True, cache='disk/cache')
-        code = server.run(argv)
+        argv, how = short(home, 'disk/run', cache='disk/cache')
+        code = server.run(argv, **how)
         mend = lambda: mount(disk, 64_000, 'remount')
-        return after_failure(server, home, whole, 'disk/run', 'disk/cache', argv, ('No space left', 'disk full', 'are free'), mend), code != 0
+        return after_failure(server, home, whole, 'disk/run', 'disk/cache', argv, how, ('No space left', 'disk full', 'are free'), mend), code != 0
     finally: subprocess.run(['umount', str(disk)], check=True)
 
 
@@ -100,7 +106,8 @@ def inside(home, whole, asked, seed):
 def small_disks(server, home, asked, seed=0):
     "The row, or that mounting is not permitted here"
     whole = home/'whole-disk'
-    if server.run(command(home, whole.name)): raise RuntimeError(server.lines()[-1])
+    argv, how = short(home, whole.name)
+    if server.run(argv, **how): raise RuntimeError(server.lines()[-1])
     (home/'disk').mkdir(exist_ok=True)
     try: allowed = not subprocess.run([*APART, 'mount', '-t', 'tmpfs', 'tmpfs', str(home/'disk')], capture_output=True).returncode
     except FileNotFoundError: allowed = False

@@ -1,10 +1,12 @@
 "SIGKILL at random moments, a third of them inside a save: the same bits, no sample missed or repeated"
-import itertools, json, random, shutil, signal, time
+import inspect, json, random, shutil, signal, time
 from collections import Counter
-from continual_llm.checkpoint import Checkpoints
+from continual_llm.train import pretrain
 from tests.faults.runs import Row, command, leftovers, run_difference
 
 KINDS = [dict(precision=p, accumulation=a) for p in ('fp32', 'bf16') for a in (1, 3)]
+if 'compile' in inspect.signature(pretrain).parameters:
+    KINDS += [dict(precision='fp32', accumulation=a, world=2) for a in (1, 3)] + [dict(precision=p, accumulation=3, compile=True) for p in ('fp32', 'bf16')]
 
 
 def missed(trace):
@@ -23,34 +25,36 @@ def missed(trace):
     return ''
 
 
-def strike(server, argv, rng, seconds, trace):
+def strike(server, argv, rng, seconds, how):
     "Start or resume, and kill: at a call inside a save, or at any moment; (was it killed?, how)"
     if rng.random() < .3:
         layer = dict(k=rng.randrange(1, 45), after=rng.random() < .5, saves_only=True)
-        return server.run(argv, trace=str(trace), layer=layer) == -9, f'inside a save, {layer}'
-    moment = rng.uniform(0, seconds)
-    server.start(argv, trace=str(trace))
+        return server.run(argv, layer=layer, **how) == -9, f'inside a save, {layer}'
+    step, moment = rng.randint(0, 12), rng.uniform(0, seconds/20)
+    server.start(argv, told=['training'], **how)
+    if step: server.until('training', step)
     time.sleep(moment)
-    server.send(signal.SIGKILL)
-    return server.wait() == -9, f'after {moment:.4f} s'
+    server.send(signal.SIGKILL, all='world' in how)
+    return server.wait() == -9, f'{moment:.4f} s after the beginning of step {step}'
 
 
 def chain(server, home, whole, kind, rng, row, seconds):
     "One run, killed and resumed until it ends; then compared with the one that never was"
-    name, trace, how = 'killed', home/'trace', []
+    name, trace, at = 'killed', home/'trace', []
+    how = dict(world=kind['world']) if 'world' in kind else dict(trace=str(trace))
     argv = command(home, name, '--resume', **kind, cache='killed_cache', trained=rng.random() < .1)
     for folder in (name, 'killed_cache'): shutil.rmtree(home/folder, ignore_errors=True)
     trace.write_text('')
     while rng.random() < .8 and row.done < row.asked:
-        struck, at = strike(server, argv, rng, seconds, trace)
+        struck, when = strike(server, argv, rng, seconds, how)
         if not struck: break
-        how.append(at)
+        at.append(when)
         row.done += 1
         row.inside += bool(list(home.glob(f'{name}/.saving-*')))
-        if server.lines(): row.wrong.append(f'{kind}, killed {how}: said {server.lines()[-1]}')
-    if server.run(argv, trace=str(trace)) or server.lines(): row.wrong.append(f'{kind}, killed {how}: exit {server.wait()}, {server.lines()[-1:]}')
-    elif d := run_difference(whole, home/name) or missed(trace): row.wrong.append(f'{kind}, killed {how}: {d}')
-    elif left := leftovers(home/name): row.wrong.append(f'{kind}, killed {how}: left {left}')
+        if server.lines(): row.wrong.append(f'{kind}, killed {at}: said {server.lines()[-1]}')
+    if server.run(argv, **how) or server.lines(): row.wrong.append(f'{kind}, killed {at}: exit {server.wait()}, {server.lines()[-1:]}')
+    elif d := run_difference(whole, home/name) or 'trace' in how and missed(trace): row.wrong.append(f'{kind}, killed {at}: {d}')
+    elif left := leftovers(home/name): row.wrong.append(f'{kind}, killed {at}: left {left}')
 
 
 def kills(server, home, asked, seed=0, kinds=KINDS, until=float('inf')):
@@ -58,7 +62,7 @@ def kills(server, home, asked, seed=0, kinds=KINDS, until=float('inf')):
     for kind, n in zip(kinds, (asked//len(kinds) + (i < asked % len(kinds)) for i in range(len(kinds)))):
         rng, row, begun = random.Random(f'{seed} {kind}'), Row(f"kill, {' '.join(f'{k} {v}' for k, v in kind.items())}", n), time.monotonic()
         row.inside, whole = 0, f"whole-{'-'.join(map(str, kind.values()))}"
-        if server.run(command(home, whole, **kind)): raise RuntimeError(server.lines()[-1])
+        if server.run(command(home, whole, **kind), **{k: v for k, v in kind.items() if k == 'world'}): raise RuntimeError(server.lines()[-1])
         row.seconds, begun = 0, time.monotonic()
         seconds = time_of(server, home, kind)
         while row.done < n and len(row.wrong) < 3 and time.monotonic() < until: chain(server, home, home/whole, kind, rng, row, seconds)
@@ -69,5 +73,5 @@ def kills(server, home, asked, seed=0, kinds=KINDS, until=float('inf')):
 def time_of(server, home, kind):
     "How long an undisturbed run takes"
     begun = time.monotonic()
-    server.run(command(home, 'timed', '--overwrite', **kind))
+    server.run(command(home, 'timed', '--overwrite', **kind), **{k: v for k, v in kind.items() if k == 'world'})
     return time.monotonic() - begun

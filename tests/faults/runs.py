@@ -21,10 +21,11 @@ def make_home(folder):
     return folder
 
 
-def command(home, name, *more, accumulation=1, precision='fp32', trained=False, cache='cache'):
-    "The words of a pretraining command"
+def command(home, name, *more, accumulation=1, precision='fp32', trained=False, cache='cache', compile=False, world=1):
+    "The words of a pretraining command, the same for one process and several"
     return ['pretrain', '--data', home/'text.txt', '--config', home/'shape.yaml', '--cache', home/cache, '--save_dir', home/name, '--batch_size', 24//accumulation,
-            '--grad_accumulation', accumulation, '--precision', precision, *(('--vocab_size', 300) if trained else ('--tokenizer', home/'tok')), *FLAGS, '--quiet', *more]
+            '--grad_accumulation', accumulation, '--precision', precision, *(('--vocab_size', 300) if trained else ('--tokenizer', home/'tok')), *FLAGS, '--quiet',
+            *(('--compile', '--deterministic') if compile else ()), *more]
 
 
 def difference(a, b, where=''): return next((f'{place}: {how}' for place, how in differences(a, b, where)), '')

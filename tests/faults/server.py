@@ -1,5 +1,5 @@
 "A process with torch imported that forks a child for each command, so that a kill costs little"
-import contextlib, json, os, signal, subprocess, sys, time
+import contextlib, json, os, signal, socket, subprocess, sys, time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -82,7 +82,21 @@ def backward_clock():
     with patch('time.time', earlier): yield
 
 
-def child(argv, log, trace=None, layer=None, told=(), wait=False, clock=False):
+def several(world):
+    "Become that many processes, which see what `torchrun` would tell them; what the first does at its end"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        os.environ.update(WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]), RANK='0', LOCAL_RANK='0')
+    others = []
+    for rank in range(1, world):
+        others.append(os.fork())
+        if not others[-1]:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            return lambda: None
+    return lambda: [os.waitpid(pid, 0) for pid in others]
+
+
+def child(argv, log, trace=None, layer=None, told=(), wait=False, clock=False, learned=None, world=1):
     "Run the console command; never returns"
     os.setsid()
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -90,8 +104,10 @@ def child(argv, log, trace=None, layer=None, told=(), wait=False, clock=False):
     os.dup2(fd, 2)
     from continual_llm.cli import main
     with contextlib.ExitStack() as stack:
+        if world > 1: stack.callback(several(world))
         if trace: stack.enter_context(traced(trace))
         stack.enter_context(told_phases(told, wait))
+        if learned: stack.enter_context(patch('continual_llm.tokenizer._train', lambda chunks, options: Path(learned).read_bytes()))  # learning itself writes nothing
         if clock: stack.enter_context(backward_clock())
         if layer: stack.enter_context(layered(**layer))
         main([str(a) for a in argv])
@@ -118,6 +134,8 @@ def serve():
                 os._exit(code)
         tell(pid=pid)
         _, status = os.waitpid(pid, 0)
+        if job.get('world', 1) > 1:
+            with contextlib.suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL)  # as `torchrun` ends all when one has died
         tell(code=os.waitstatus_to_exitcode(status))
 
 
@@ -146,9 +164,9 @@ class Server:
         self.pid = self.read()['pid']
         return self.pid
 
-    def send(self, number):
-        "Send the child a signal, if it is still there"
-        with contextlib.suppress(ProcessLookupError): os.kill(self.pid, number)
+    def send(self, number, all=False):
+        "Send the child, or all its processes, a signal, if it is still there"
+        with contextlib.suppress(ProcessLookupError): (os.killpg if all else os.kill)(self.pid, number)
 
     def hold(self, argv, phase, nth, **more):
         "Start a command and let it go on to the n-th beginning of a phase, where it waits for `let`"

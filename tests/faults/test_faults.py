@@ -27,13 +27,13 @@ def check(rows, done):
     assert sum(r.done for r in rows) >= done
 
 
-def test_kills(server, home): check(kills.kills(server, home, 28*MANY, SEED), 28*MANY)
+def test_kills(server, home): check(kills.kills(server, home, 16*MANY, SEED), 16*MANY)
 
 
 def test_signals(server, home): check(signals.signals(server, home, 16*MANY, SEED), 16*MANY)
 
 
-def test_failing_calls(server, home): check(calls.calls(server, home, 15*MANY, SEED), 15*MANY)
+def test_failing_calls(server, home): check(calls.calls(server, home, 12*MANY, SEED), 12*MANY)
 
 
 def test_small_disks(server, home):
@@ -42,7 +42,7 @@ def test_small_disks(server, home):
     check([row], 2*MANY)
 
 
-def test_damage(server, home): check(damage.damages(server, home, 350*MANY, SEED), 300*MANY)
+def test_damage(server, home): check(damage.damages(server, home, 280*MANY, SEED), 240*MANY)
 
 
 def test_others(server, home): check(others.others(server, home, MANY > 1), 9)
