@@ -17,7 +17,7 @@ from . import __version__
 from .archive import DamagedFile
 from .batches import Batches
 from .checkpoint import Checkpoints, checkpoint_payload
-from .core import UserError, human_bytes, in_range, pick_device, pick_precision, read_json, seed_everything, write_bytes, write_json
+from .core import UserError, yes_or_no, as_path, human_bytes, in_range, pick_device, pick_precision, read_json, seed_everything, write_bytes, write_json
 from .data import prepare
 from .distributed import Processes, in_turn, join_processes, lead
 from .evaluate import score_tokens
@@ -48,7 +48,7 @@ def check_folder(
     overwrite:bool,  # put it away?
 )->Path:             # the folder
     "Refuse a folder that cannot take the run, before anything is written"
-    folder = Path(folder)
+    folder = as_path('save_dir', folder)
     if resume and overwrite: raise UserError("--resume and --overwrite contradict each other; give one of them")
     if folder.exists() and not folder.is_dir(): raise UserError(f"save_dir={folder} is a file; name a folder")
     if holds_run(folder) and not (resume or overwrite):
@@ -56,7 +56,8 @@ def check_folder(
     if resume and holds_run(folder) and not (folder/'run.json').exists():
         raise UserError(f"{folder} holds a run without its run.json, so nobody knows its settings; put the file back, or begin anew with --overwrite")
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir(): raise UserError(f"save_dir={folder}: {there} cannot be written to; name another folder")
+    if not there.is_dir(): raise UserError(f"save_dir={folder}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK): raise UserError(f"save_dir={folder}: {there} cannot be written to; name another folder")
     if folder.exists():
         with Checkpoints(folder).lock(): pass  # another run in it is named now, not after minutes of reading
     return folder
@@ -427,6 +428,7 @@ def pretrain(
     optim, shape = OptimConfig(optimizer, weight_decay), model_config(config, max_seq_len=max_seq_len, dropout=dropout)
     sizes = dict(batch_size=batch_size, grad_accumulation=grad_accumulation, vocab_size=vocab_size)
     for name, value in sizes.items(): in_range(name, value, 1, whole=True)
+    for name, value in dict(compile=compile, deterministic=deterministic, resume=resume, overwrite=overwrite, quiet=quiet).items(): yes_or_no(name, value)
     for name, value in dict(eval_tokens=eval_tokens, seed=seed).items(): in_range(name, value, 0, whole=True)
     if compile: check_compiler(where)
     share = validation_share(val_data, val_split)
@@ -436,7 +438,7 @@ def pretrain(
         resume = lead(processes, lambda: resume and (folder/'run.json').exists())
         if resume: loop = as_before(loop, precision, folder)
         own = folder/'tokenizer' if resume else None
-        tok = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer or own) if tokenizer or own else None
+        tok = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(own if tokenizer is None else tokenizer) if own or tokenizer is not None else None
         quiet = quiet or not processes.first
         say = (lambda *a: None) if quiet else lambda text='': print(text, flush=True)
         if not quiet: banner('Pre-training LLM', {
