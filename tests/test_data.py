@@ -133,7 +133,8 @@ print(prepare({text!r}, letters, {cache!r}).checksum, flush=True)
 
 def start(text, cache, pause=.2):
     code = PREPARE.format(text=str(text), cache=str(cache), pause=pause)
-    return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever began the tests in the background had it ignored
+    return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
 
 
 def test_two_preparers_at_once(tmp_path):
