@@ -231,6 +231,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'continual_llm/distributed.py'),
                                            'continual_llm.distributed.Processes.wait': ( 'distributed.html#processes.wait',
                                                                                          'continual_llm/distributed.py'),
+                                           'continual_llm.distributed._in_touch': ( 'distributed.html#_in_touch',
+                                                                                    'continual_llm/distributed.py'),
                                            'continual_llm.distributed.in_turn': ( 'distributed.html#in_turn',
                                                                                   'continual_llm/distributed.py'),
                                            'continual_llm.distributed.join_processes': ( 'distributed.html#join_processes',

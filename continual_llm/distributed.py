@@ -13,6 +13,13 @@ import torch.distributed as dist
 from .core import UserError
 
 # %% ../nbs/08b_distributed.ipynb #79e2e79a
+@contextlib.contextmanager
+def _in_touch():
+    "A connection that broke is one line"
+    try: yield
+    except RuntimeError as e:
+        raise UserError(f"another process of this run is gone ({str(e).splitlines()[0][:80]}); what was saved is whole: go on with --resume") from None
+
 @dataclass(frozen=True)
 class Processes:
     "The processes that train one model; by default this one alone"
@@ -32,7 +39,8 @@ class Processes:
         tensor:torch.Tensor, # on any device; the same shape in every process
     )->torch.Tensor:         # the same tensor
         "Replace a tensor by its sum over all processes"
-        if self.world > 1: dist.all_reduce(tensor)
+        if self.world == 1: return tensor
+        with _in_touch(): dist.all_reduce(tensor)
         return tensor
 
     def sums(self, *numbers)->list:
@@ -42,12 +50,13 @@ class Processes:
     def most(self, number:int)->int:
         "The largest of a whole number over all processes"
         if self.world == 1: return number
-        dist.all_reduce(n := torch.tensor(number), dist.ReduceOp.MAX)
+        with _in_touch(): dist.all_reduce(n := torch.tensor(number), dist.ReduceOp.MAX)
         return int(n)
 
     def wait(self):
         "Go on when all have come here"
-        if self.world > 1: dist.barrier()
+        if self.world == 1: return
+        with _in_touch(): dist.barrier()
 
 # %% ../nbs/08b_distributed.ipynb #ccc4e625
 @contextlib.contextmanager
@@ -75,7 +84,7 @@ def lead(
     if processes.first:
         try: told[0] = act()
         except UserError as e: told[1] = str(e)
-    dist.broadcast_object_list(told)
+    with _in_touch(): dist.broadcast_object_list(told)
     if told[1] is not None: raise UserError(told[1])
     return told[0]
 

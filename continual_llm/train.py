@@ -212,7 +212,8 @@ def keep_tokenizer(
     folder, # of the run, for its tokenizer; another one that stands there is not written over
 )->None:
     "Put the tokenizer where generation will look for it"
-    if Path(folder).exists() and (there := Tokenizer.load(folder)).hash != tokenizer.hash:
+    whole = all((Path(folder)/name).exists() for name in ('tokenizer.model', 'tokenizer.json'))  # a beginning that was cut short may have left one
+    if whole and (there := Tokenizer.load(folder)).hash != tokenizer.hash:
         raise UserError(f"{folder} holds another tokenizer ({there.hash[:12]}, and this run's is {tokenizer.hash[:12]}); name another save_dir, or --overwrite")
     Path(folder).mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder, overwrite=True)
