@@ -122,7 +122,13 @@ class Batches:
         "This process's micro-batches of one optimizer step"
         mine = self._starts(step)[self.rank*self.share : (self.rank+1)*self.share]
         cuts = range(0, len(mine), self.batch_size)
-        return [_gather(self.ids, mine[i:i+self.batch_size], self.blocks.seq_len, self.bos_id) for i in cuts]
+        return [self.gather(mine[i:i+self.batch_size]) for i in cuts]
+
+    def gather(self,
+        starts:np.ndarray, # (B,) first target of each block
+    )->tuple:              # inputs and targets, each (B,T) int64
+        "The tokens of some blocks"
+        return _gather(self.ids, starts, self.blocks.seq_len, self.bos_id)
 
     def replan(self,
         detours:tuple=(), # steps from each of which the rest of its epoch is read in another order

@@ -264,6 +264,8 @@ def _own_state(state, path, facts):
 # %% ../nbs/08_checkpoint.ipynb #13c7ba9d
 class Checkpoints(ResumeStates):
     "All files of one run: written whole, verified when read"
+    best = 'best/checkpoint.pt'  # where the best so far is published
+
     def __repr__(self): return f"Checkpoints({str(self.folder)!r}) with resume states of steps {self.steps()}"
 
     def lock(self):

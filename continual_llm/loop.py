@@ -18,7 +18,7 @@ from torch import nn
 from .core import UserError, autocast, in_range, one_of, seed_everything, shown
 from .distributed import Processes
 from .guard import ROLLBACKS, SKIPS, Guard, advice
-from .schedule import lr_at, set_lr
+from .schedule import constant_then_decay, rewarm, set_lr
 
 # %% ../nbs/09_loop.ipynb #96c5c360
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class LoopConfig:
     learning_rate:float=3e-4        # at its peak
     warmup_steps:int=0              # rising steps before the peak
     floor:float=.1                  # where the descent ends, as a share of the peak
+    schedule:str='cosine'           # shape of the descent; `wsd` stays at the peak and descends in the last fifth
+    rise_from:float=0.              # rate that the warmup begins at, such as that with which a parent ended
     early_stopping_patience:int=3   # evaluations without improvement before stopping; 0 never stops early
     max_grad_norm:float=1.          # longer gradients are shortened to this; 0 leaves them
     spike:float=8.                  # a step whose loss or gradient lies this many spreads above the usual is left out; 0 leaves out only what is not finite
@@ -48,6 +50,8 @@ class LoopConfig:
         for name in ('max_grad_norm', 'max_time', 'spike'): in_range(name, getattr(self, name), 0, math.inf, '[)')
         in_range('learning_rate', self.learning_rate, 0, 10, '(]')
         in_range('floor', self.floor, 0, 1)
+        in_range('rise_from', self.rise_from, 0, 10)
+        one_of('schedule', self.schedule, ('cosine', 'wsd'))
         one_of('precision', self.precision, ('fp32', 'bf16'))
 
     @property
@@ -57,7 +61,14 @@ class LoopConfig:
 
     def lr(self, step:int)->float:
         "The rate for a step"
-        return lr_at(step, self.learning_rate, self.warmup_steps, self.total, self.floor*self.learning_rate)
+        peak, course = self.learning_rate, (self.warmup_steps, self.total)
+        if self.schedule == 'wsd' and step >= self.warmup_steps: return constant_then_decay(step, peak, *course, self.floor*peak)
+        return rewarm(step, peak, *course, self.rise_from, self.floor*peak)
+
+    @property
+    def branch(self)->int|None:
+        "The step before which the descent of `wsd` begins: a run of other text can branch off there"
+        return max(math.ceil(.8*self.total), self.warmup_steps) if self.schedule == 'wsd' else None
 
 # %% ../nbs/09_loop.ipynb #40bc174f
 @dataclass(frozen=True)
@@ -254,8 +265,8 @@ def publish(
     epoch, inside = divmod(at.step, config.steps_per_epoch)
     name = f'epoch_{epoch}/checkpoint.pt'
     if not inside: store.publish(name, obj)
-    if best and inside: store.publish('best/checkpoint.pt', obj)
-    elif best: store.link(name, 'best/checkpoint.pt')
+    if best and inside: store.publish(store.best, obj)
+    elif best: store.link(name, store.best)
     if at.stopped or at.step >= config.total:
         if inside: store.publish('final/model.pt', obj)
         else: store.link(name, 'final/model.pt')
@@ -361,6 +372,7 @@ def turn(
         look_up(at, loop.parts, config, loop.history, writer, loop.signals.agree)
         return loop.save()
     loop.signals.agree()
+    if writer and at.step == config.branch: writer.publish('branch/checkpoint.pt', loop.parts.payload(math.ceil(max(at.step, 1)/config.steps_per_epoch), at.step, None))
     if config.max_time and loop.processes.most(loop.clock.out_of_time()): raise TimeoutError
     advance(loop)
     in_trouble = loop.at.guard.skipped > 0  # not a state to come back to

@@ -24,7 +24,8 @@ from .evaluate import score_tokens
 from .generate import generate
 from .history import History, aside, draw
 from .loop import LoopConfig, Parts, fit
-from .memory import remember
+from .memory import domain_name, remember
+from .metrics import Score
 from .model import ContinualLLM, ModelConfig, config_fields, model_config
 from .monitor import Console, JsonLines, LiveFigure, banner, save_curve
 from .optim import OptimConfig, make_optimizer
@@ -34,7 +35,7 @@ from .split import prepare_split
 from .tokenizer import Tokenizer, train_tokenizer
 
 # %% ../nbs/12_train.ipynb #4df5502a
-PARTS_OF_A_RUN = ('run.json', 'config.yaml', 'metrics.jsonl', 'curve.png', 'tokenizer', 'memory', 'best', 'last', 'final', 'candidate')
+PARTS_OF_A_RUN = ('run.json', 'config.yaml', 'metrics.jsonl', 'curve.png', 'tokenizer', 'memory', 'best', 'last', 'final', 'branch', 'candidate')
 
 def holds_run(
     folder, # a run folder, which need not exist
@@ -233,6 +234,9 @@ class Job:
     eval_tokens:int=0       # validate on the first of the tokens alone; 0 means all
     deterministic:bool=False
     compiled:bool=False     # is the training step compiled?
+    domain:str='base'       # what the text is called from now on
+    memory:float=.05        # share of its training tokens that is remembered
+    best = Checkpoints.best # where the best checkpoint is published
 
     @property
     def settings(self)->dict:
@@ -240,7 +244,8 @@ class Job:
         loop = {k: v for k, v in asdict(self.loop).items() if k not in ('max_time', 'save_every', 'keep_epochs', 'device')}
         return {**self.shape.to_dict(), **asdict(self.optim), **loop, 'batch_size': self.batches.batch_size, 'blocks_per_step': self.batches.global_batch,
                 'eval_tokens': self.eval_tokens, 'deterministic': self.deterministic, 'compile': self.compiled, 'training_text': self.train.source_hash,
-                'validation_text': self.val.source_hash, 'tokenizer_hash': self.tokenizer.hash}
+                'validation_text': self.val.source_hash, 'tokenizer_hash': self.tokenizer.hash,
+                'domain': self.domain, 'memory': self.memory}
 
     def begin(self, overwrite:bool)->dict:
         "Make the run folder; what stands in `run.json`"
@@ -250,9 +255,28 @@ class Job:
         versions = dict(python=platform.python_version(), torch=str(torch.__version__), continual_llm=__version__)
         record = dict(settings=self.settings, threads=torch.get_num_threads(), device=self.loop.device, versions=versions, status='running')
         write_bytes(self.folder/'config.yaml', _yaml(self.shape.to_dict()))
-        remember(self.train, self.val, self.folder/'memory', 'base', seed=self.loop.seed)
+        self.remember()
         write_json(self.folder/'run.json', record, 'run')
         return record
+
+    def remember(self)->None:
+        "Keep what later domains will need of this one"
+        remember(self.train, self.val, self.folder/'memory', self.domain, self.memory, seed=self.loop.seed)
+
+    def make_model(self)->ContinualLLM:
+        "The model before its first step"
+        seed_everything(self.loop.seed, 'weights')
+        return ContinualLLM(self.shape).to(self.loop.device)
+
+    def make_parts(self, model, facts:dict, processes:Processes)->Parts:
+        "What the loop is handed"
+        return make_parts(model, self.tokenizer, self.batches, self.val, self.loop, self.eval_tokens, compiled=self.compiled, facts=facts, processes=processes)
+
+    def conclude(self, store, record:dict, model, history:History, say)->dict:
+        "What a finished run adds to `run.json`"
+        best = history.best()
+        return dict(stage=dict(domain=self.domain, number=0, parent=None, method='pretrain', data=self.train.source, data_hash=self.train.source_hash,
+                               after={self.domain: {k: best[k] for k in Score().to_dict()}} if best else {}))
 
     def go_on(self)->dict:
         "What stands in `run.json`, if it is of the same run"
@@ -299,6 +323,7 @@ def _open(job, stack):
     "The run's folder, held by the first process for as long as the stack stands"
     job.folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context((store := Checkpoints(job.folder)).lock())
+    store.best = job.best
     return store
 
 def _history(job, state, quiet, views, processes):
@@ -308,15 +333,16 @@ def _history(job, state, quiet, views, processes):
     if not state: log.restore(History())
     return History((log, *(() if quiet else (Console(job.loop.total, job.loop.epochs), LiveFigure())), *views))
 
+_COURSES = dict(cosine='cosine decay', wsd='constant, then decay in the last fifth')
+
 def _train(job, store, record, state, quiet, say, views, processes):
     "The run itself, inside its lock and settings"
     loop = job.loop
-    seed_everything(loop.seed, 'weights')
-    model = ContinualLLM(job.shape).to(loop.device)
+    model = job.make_model()
     _describe(job.shape, model.n_params(), say)
-    say(f"\nTotal training steps: {loop.total}\nLearning rate schedule: warmup {loop.warmup_steps} steps, then cosine decay\n\nStarting training...")
+    say(f"\nTotal training steps: {loop.total}\nLearning rate schedule: warmup {loop.warmup_steps} steps, then {_COURSES[loop.schedule]}\n\nStarting training...")
     history = _history(job, state, quiet, views, processes)
-    parts = make_parts(model, job.tokenizer, job.batches, job.val, loop, job.eval_tokens, compiled=job.compiled, facts=record['settings'], processes=processes)
+    parts = job.make_parts(model, record['settings'], processes)
     opt = make_optimizer(model, job.optim)
     try:
         at = fit(model, opt, parts, loop, history, store, state, processes)
@@ -326,9 +352,9 @@ def _train(job, store, record, state, quiet, say, views, processes):
 # %% ../nbs/12_train.ipynb #d0096225
 def _best(store, at):
     "The best checkpoint; in a finished run it must be of the step that was best"
-    best = store.load('best/checkpoint.pt')
+    best = store.load(store.best)
     if at.stopped in ('', 'early stopping') and best['step'] != at.best_step:
-        raise DamagedFile(f"{store.folder/'best'/'checkpoint.pt'} is of step {best['step']} and the best was step {at.best_step}, so files were exchanged; "
+        raise DamagedFile(f"{store.folder/store.best} is of step {best['step']} and the best was step {at.best_step}, so files were exchanged; "
                           f"look for the right one among the epochs")
     return best
 
@@ -339,11 +365,13 @@ def _finish(job, store, record, model, history, at, say, processes):
     run = Run(job.folder, model.eval(), job.tokenizer, history, at.best_epoch, at.best_loss, at.stopped)
     if not processes.first: return run
     result = dict(step=at.step, best_epoch=at.best_epoch, best_loss=at.best_loss if at.best_epoch else None, seconds=round(at.seconds, 1))
-    write_json(job.folder/'run.json', dict(record, status=at.stopped or 'complete', result=result), 'run')
+    over = at.stopped in ('', 'early stopping')
+    record = dict(record, status=at.stopped or 'complete', result=result, **(job.conclude(store, record, model, history, say) if over else {}))
+    write_json(job.folder/'run.json', record, 'run')
     try: save_curve(history, job.folder/'curve.png')
     except OSError as e: aside(f"{job.folder/'curve.png'} cannot be written ({e.strerror}); the run itself is whole")
     history.add('done', seconds=at.seconds, stopped=at.stopped, path=str(store.folder/'best'/'checkpoint.pt') if at.best_epoch else None)
-    if at.stopped in ('', 'early stopping'):
+    if over:
         say(f"Curves: {job.folder/'curve.png'}\n\nA sample of what it writes:\n  " + run.generate('', max_tokens=min(60, job.shape.max_seq_len-1), temperature=.7, top_p=.9, seed=job.loop.seed).strip().replace('\n', '\n  '))
     return run
 
@@ -403,6 +431,9 @@ def pretrain(
     optimizer:str='adamw',            # `adamw`, or `muon` for the inner matrices
     weight_decay:float=.1,            # pull of the matrices towards zero
     max_grad_norm:float=1.,           # longer gradients are shortened to this; 0 leaves them
+    schedule:str='cosine',            # descent of the rate: `cosine`, or `wsd` to stay at the peak until the last fifth
+    domain:str='base',                # what this text is called when other domains follow
+    memory:float=.05,                 # share of the training tokens kept, at most 50 MB, for later domains to replay; 0 keeps none
     seed:int=0,                       # seed of the split, the weights, the order and the dropout
     device:str='auto',                # where to compute: `auto`, `cuda`, `mps` or `cpu`
     precision:str='auto',             # `fp32`, `bf16`, or `auto` for what the hardware multiplies natively
@@ -424,13 +455,14 @@ def pretrain(
     "Pretrain a language model on a text and keep the best checkpoint"
     where = pick_device(device)
     loop = LoopConfig(1, epochs, learning_rate, warmup_steps, early_stopping_patience=early_stopping_patience, max_grad_norm=max_grad_norm, spike=spike,
-                      eval_every=eval_every, max_steps=max_steps, max_time=max_time, save_every=save_every, keep_epochs=keep_epochs,
+                      schedule=schedule, eval_every=eval_every, max_steps=max_steps, max_time=max_time, save_every=save_every, keep_epochs=keep_epochs,
                       precision=pick_precision(precision, where), device=str(where), seed=seed)
     optim, shape = OptimConfig(optimizer, weight_decay), model_config(config, max_seq_len=max_seq_len, dropout=dropout)
     sizes = dict(batch_size=batch_size, grad_accumulation=grad_accumulation, vocab_size=vocab_size)
     for name, value in sizes.items(): in_range(name, value, 1, whole=True)
     for name, value in dict(compile=compile, deterministic=deterministic, resume=resume, overwrite=overwrite, quiet=quiet).items(): yes_or_no(name, value)
     for name, value in dict(eval_tokens=eval_tokens, seed=seed).items(): in_range(name, value, 0, whole=True)
+    domain, memory = domain_name(domain), in_range('memory', memory, 0, 1)
     if compile: check_compiler(where)
     share = validation_share(val_data, val_split)
     with join_processes(where) as processes:
@@ -455,7 +487,7 @@ def pretrain(
         warmup, note = fit_warmup(warmup_steps, loop.total)
         if note: say(note)
         if not resume: lead(processes, lambda: check_room(folder, count_params(shape), min(epochs, keep_epochs or epochs)))
-        job = Job(folder, shape, replace(loop, warmup_steps=warmup), optim, tok, train, val, batches, eval_tokens, deterministic, compile)
+        job = Job(folder, shape, replace(loop, warmup_steps=warmup), optim, tok, train, val, batches, eval_tokens, deterministic, compile, domain, memory)
         return carry_out(job, resume, overwrite, quiet, processes=processes)
 
 # %% ../nbs/12_train.ipynb #7c14b571

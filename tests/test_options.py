@@ -8,6 +8,7 @@ from continual_llm.cli import generate_command, main
 from continual_llm.core import UserError, multiplies_bf16, seed_everything
 from continual_llm.evaluate import evaluate
 from continual_llm.generate import Sampling, generate, load_model
+from continual_llm.memory import domains
 from continual_llm.model import ContinualLLM, ModelConfig, model_config
 from continual_llm.tokenizer import Tokenizer, train_tokenizer
 from continual_llm.train import pretrain
@@ -496,3 +497,23 @@ def options(function):
 def test_every_option_is_shown(function):
     "A new option needs a test above that shows what it does"
     assert set(SHOWN[function]) == options(function)
+
+
+@shows(pretrain, 'schedule')
+def test_schedule(train):
+    "Warmup, then the peak until four fifths of the run, then down to a tenth; the weights before the descent are kept"
+    run = train(schedule='wsd', max_steps=10, warmup_steps=1)
+    assert run.history.column('step', 'lr')[:9] == [.005] + [.01]*8
+    assert run.history.column('step', 'lr')[9] == pytest.approx(.001 + .009*(1 - .5**.5))
+    assert load_model(run.folder/'branch')[2]['step'] == 8
+    assert not (train(max_steps=10).folder/'branch').exists()
+
+
+@shows(pretrain, 'domain', 'memory')
+def test_domain_and_memory(train):
+    "What is kept of the text, and under which name"
+    (kept,) = domains(train(domain='home', memory=.5).folder/'memory')
+    (less,) = domains(train().folder/'memory')
+    (none,) = domains(train(memory=0.).folder/'memory')
+    assert [d.name for d in (kept, less, none)] == ['home', 'base', 'base'] and none.replay is None
+    assert 8 < len(kept.replay)/len(less.replay) < 12 and kept.val.checksum == none.val.checksum
