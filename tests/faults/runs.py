@@ -25,7 +25,7 @@ def command(home, name, *more, accumulation=1, precision='fp32', trained=False, 
     "The words of a pretraining command, the same for one process and several"
     return ['pretrain', '--data', home/'text.txt', '--config', home/'shape.yaml', '--cache', home/cache, '--save_dir', home/name, '--batch_size', 24//accumulation,
             '--grad_accumulation', accumulation, '--precision', precision, *(('--vocab_size', 300) if trained else ('--tokenizer', home/'tok')), *FLAGS, '--quiet',
-            *(('--compile', '--deterministic') if compile else ()), *more]
+            *(['--compile'] if compile else []), *(['--deterministic'] if compile or world == '1 or 2' else []), *more]
 
 
 def difference(a, b, where=''): return next((f'{place}: {how}' for place, how in differences(a, b, where)), '')

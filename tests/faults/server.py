@@ -47,7 +47,7 @@ def traced(path):
         def __call__(self, step):
             places = [y.flatten().tolist() for _, y in self.places(step)]
             assert all((np.asarray(self.ids)[p] == y.flatten().numpy()).all() for p, (_, y) in zip(places, super().__call__(step)))
-            with real_open(path, 'a') as f: f.write(json.dumps([os.getpid(), step, len(self.ids), self.steps_per_epoch, places]) + '\n')
+            with real_open(path, 'a') as f: f.write(json.dumps([os.getpgid(0), os.getpid(), step, len(self.ids), self.steps_per_epoch, places]) + '\n')
             return super().__call__(step)
     with patch.object(train, 'Batches', Traced): yield
 
