@@ -1,18 +1,19 @@
-"""Faults on purpose, counted: `python -m tests.faults [--only kills,signals,calls,disk,damage,others] [--scale 1.0] [--minutes N] [--seed 0]`
+"""Faults on purpose, counted: `python -m tests.faults [--only kills,signals,divergence,calls,disk,damage,others] [--scale 1.0] [--minutes N] [--seed 0]`
 
-At scale 1 the counts are those that the project aims for: 1,000 kills, 200 signals, every call that changes the disk with three errors, 10,000 damaged files. What has not
+At scale 1 the counts are those that the project aims for: 1,000 kills, 200 signals, 100 divergences, every call that changes the disk with three errors, 10,000 damaged files. What has not
 been reached when the minutes are over is in the column `done`."""
 import argparse, sys, tempfile, time
 from pathlib import Path
 from tests.faults.calls import calls, small_disks
 from tests.faults.damage import damages
+from tests.faults.divergence import divergence
 from tests.faults.kills import kills
 from tests.faults.others import others
 from tests.faults.runs import command, make_home, table
 from tests.faults.server import Server
 from tests.faults.signals import signals
 
-COUNTS = dict(kills=1000, signals=200, calls=0, disk=60, damage=10_000, others=17)  # 0 means all there are
+COUNTS = dict(kills=1000, signals=200, divergence=100, calls=0, disk=60, damage=10_000, others=17)  # 0 means all there are
 
 
 def rows(home, only, scale, seed, until):
@@ -21,6 +22,7 @@ def rows(home, only, scale, seed, until):
     with Server(home/'log') as server:
         if 'kills' in only: yield from kills(server, home, n('kills'), seed, until=until)
         if 'signals' in only: yield from signals(server, home, n('signals'), seed, until=until)
+        if 'divergence' in only: yield from divergence(server, home, n('divergence'), seed, until=until)
         if 'calls' in only: yield from calls(server, home, 0 if scale >= 1 else round(3000*scale), seed, until=until)
         if 'disk' in only: yield small_disks(server, home, n('disk'), seed)
         if 'damage' in only: yield from damages(server, home, n('damage'), seed, until=until)

@@ -96,19 +96,21 @@ def several(world):
     return lambda: [os.waitpid(pid, 0) for pid in others]
 
 
-def child(argv, log, trace=None, layer=None, told=(), wait=False, clock=False, learned=None, world=1):
+def child(argv, log, trace=None, layer=None, told=(), wait=False, clock=False, learned=None, world=1, fault=None):
     "Run the console command; never returns"
     os.setsid()
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     from continual_llm.cli import main
+    from tests.faults.divergence import spoilt
     with contextlib.ExitStack() as stack:
         if world > 1: stack.callback(several(world))
         if trace: stack.enter_context(traced(trace))
         stack.enter_context(told_phases(told, wait))
         if learned: stack.enter_context(patch('continual_llm.tokenizer._train', lambda chunks, options: Path(learned).read_bytes()))  # learning itself writes nothing
         if clock: stack.enter_context(backward_clock())
+        if fault: stack.enter_context(spoilt(**fault))
         if layer: stack.enter_context(layered(**layer))
         main([str(a) for a in argv])
 
