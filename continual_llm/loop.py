@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAVE_MINUTES', 'FIRST_STEPS', 'LoopConfig', 'Parts', 'Progress', 'OutOfMemory', 'ran_out', 'add_up', 'half_sums',
            'gradients', 'share_gradients', 'take_step', 'Interrupted', 'Signals', 'is_anchor', 'evaluation_due',
-           'judge', 'publish', 'Diverged', 'look_up', 'resume_state', 'Clock', 'Loop', 'turn', 'advance', 'go_back',
-           'no_memory', 'make_smaller', 'carry_on', 'fit']
+           'judge', 'publish', 'Diverged', 'look_up', 'resume_state', 'Clock', 'all_finite', 'with_events', 'Loop',
+           'turn', 'advance', 'go_back', 'no_memory', 'make_smaller', 'carry_on', 'fit']
 
 # %% ../nbs/09_loop.ipynb #bcb2fa57
 import math, signal, threading, time
@@ -98,6 +98,7 @@ class Progress:
     no_improvement:int=0  # evaluations since
     guard:Guard=field(default_factory=Guard)    # what is usual, and what went wrong of late
     detours:list=field(default_factory=list)    # steps from which the rest of their epoch is read in another order
+    anchors:list=field(default_factory=list)    # steps of the two newest states that the run can go back to
     halvings:int=0        # times the micro-batch was halved for want of memory
     seconds:float=0.      # spent training, evaluating and saving
     stopped:str=''        # why the run ended before its last step
@@ -318,6 +319,21 @@ class Clock:
     def save_due(self, step:int)->bool:
         return is_anchor(step, self.config) or not self.config.save_every and time.monotonic() - self.saved >= 60*SAVE_MINUTES
 
+# %% ../nbs/09_loop.ipynb #7a51fcd0
+def all_finite(
+    x, # tensors and plain values, nested
+)->bool:
+    "Is every number of every tensor finite?"
+    if isinstance(x, torch.Tensor): return bool(x.isfinite().all())
+    return all(map(all_finite, x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()))
+
+def with_events(
+    records:list, # of an earlier state
+    history,      # which goes on from there
+)->list:
+    "An earlier history, with what must not be forgotten of what came after: what went wrong, and which evaluation was best"
+    return [*records, *(r for r in history.records[len(records):] if r['kind'] == 'note' or r.get('best'))]
+
 # %% ../nbs/09_loop.ipynb #22b41be2
 class Loop:
     "A run in progress: what is trained, where it stands, who is told"
@@ -334,7 +350,7 @@ class Loop:
         try:
             self.model.load_state_dict(state['model_state_dict'])
             self.opt.load_state_dict(state['optimizer'])
-            self.history.restore(state['history'])
+            self.history.restore(dict(records=with_events(state['history']['records'], self.history)))
             self.at = Progress(**{**state['progress'], **course})
             odd = [f.name for f in fields(Progress) if not isinstance(getattr(self.at, f.name), (int, float) if f.type is float else f.type)]
             if odd: raise TypeError(f"its {odd[0]} is {shown(getattr(self.at, odd[0]))}")
@@ -348,16 +364,23 @@ class Loop:
         at = self.at
         if at.detours or at.halvings: self.parts = replace(self.plan, batch_at=self.plan.replan(at.detours, at.halvings))
 
-    def save(self):
+    def save(self,
+        due:bool=True, # would it be saved here in any case? what a signal asks for is nothing to go back to
+    ):
         "Write a resume state"
-        self.at.seconds = self.clock.seconds()
-        if self.store and self.processes.first:
-            self.store.save_last(resume_state(self.opt, self.at, self.parts, self.history), self.at.step, spare=self.anchors(self.at.step)[-2:])
+        at = self.at
+        if due and is_anchor(at.step, self.config) and not at.guard.skipped: at.anchors = [*(s for s in at.anchors if s != at.step), at.step][-2:]
+        at.seconds = self.clock.seconds()
+        if self.store and self.processes.first: self.store.save_last(resume_state(self.opt, at, self.parts, self.history), at.step, spare=at.anchors)
         self.clock.saved = time.monotonic()
 
-    def anchors(self, *about)->list:
-        "Steps of the states to which the run can go back, oldest first, with those about to be saved"
-        return [s for s in sorted({*self.store.steps(), *about}) if s <= self.at.step and is_anchor(s, self.config)]
+    def sound(self)->bool:
+        "Are all weights and moments finite, in every process?"
+        return not self.processes.most(not all_finite([self.model.state_dict(), self.opt.state_dict()]))
+
+    def check(self):
+        "Keep what is not finite out of every file"
+        if not self.sound(): raise Diverged("a weight or a moment of the optimizer is not finite")
 
     @property
     def over(self)->bool: return bool(self.at.stopped) or self.at.step >= self.config.total and not evaluation_due(self.at, self.config)
@@ -369,6 +392,7 @@ def turn(
     "Look up if it is time to, or take a step"
     at, config, writer = loop.at, loop.config, loop.store if loop.processes.first else None
     if evaluation_due(at, config):
+        loop.check()
         look_up(at, loop.parts, config, loop.history, writer, loop.signals.agree)
         return loop.save()
     loop.signals.agree()
@@ -376,7 +400,9 @@ def turn(
     if config.max_time and loop.processes.most(loop.clock.out_of_time()): raise TimeoutError
     advance(loop)
     in_trouble = loop.at.guard.skipped > 0  # not a state to come back to
-    if loop.clock.save_due(at.step) and not in_trouble and not evaluation_due(at, config): loop.save()
+    if loop.clock.save_due(at.step) and not in_trouble and not evaluation_due(at, config):
+        loop.check()
+        loop.save()
 
 def advance(
     loop:Loop,
@@ -404,10 +430,10 @@ def go_back(
     "Take up an earlier state, and another order of the data from there; or give up"
     at, config, back = loop.at, loop.config, loop.at.guard.rollbacks + 1
     if back > ROLLBACKS or not (loop.store and loop.plan.replan): raise UserError(advice(at.step, reason, config.learning_rate, config.warmup_steps))
-    new, old = [[s for s in loop.anchors() if (s in at.detours) == been] for been in (False, True)]
+    new, old = [[s for s in at.anchors if s in loop.store.steps() and (s in at.detours) == been] for been in (False, True)]
     state = loop.store.latest(new[::-1] + old, loop.parts.facts)[0]
     best = dict(best_loss=at.best_loss, best_epoch=at.best_epoch, best_step=at.best_step)  # the file is there, whatever was gone back over
-    loop.restore(state, detours=[*at.detours, state['step']], halvings=at.halvings, **best)
+    loop.restore(state, detours=[*at.detours, state['step']], halvings=at.halvings, anchors=[s for s in at.anchors if s <= state['step']], **best)
     loop.at.guard.rollbacks, loop.at.guard.skipped = back, 0
     loop.history.add('note', step=loop.at.step, text=f"Step {at.step}: {reason}. Back to the state after step {loop.at.step}, and on in another order "
                                                      f"({back} of {ROLLBACKS} times)")
@@ -447,7 +473,7 @@ def carry_on(
                 except Diverged as e: go_back(loop, str(e))
                 except OutOfMemory: make_smaller(loop)
         except (Interrupted, TimeoutError) as e:
-            loop.save()
+            if loop.sound(): loop.save(due=False)  # else what was saved before stands
             loop.at.stopped = str(e) or 'max_time'
         except (RuntimeError, MemoryError) as e:  # in the optimizer, or in an evaluation
             if not ran_out(e): raise

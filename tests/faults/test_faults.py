@@ -1,7 +1,7 @@
-"A small part of `python -m tests.faults`: kills, signals, failing calls, damaged files, and whatever else happens to a run"
-import os
+"A small part of `python -m tests.faults`: kills, signals, divergence, failing calls, damaged files, and whatever else happens to a run"
+import os, signal
 import pytest
-from tests.faults import calls, damage, kills, others, signals
+from tests.faults import calls, damage, divergence, kills, others, signals
 from tests.faults.runs import make_home, table
 from tests.faults.server import Server
 
@@ -33,6 +33,16 @@ def test_kills(server, home):
 
 
 def test_signals(server, home): check(signals.signals(server, home, 16*MANY, SEED), 16*MANY)
+
+
+def test_divergence(server, home): check(divergence.divergence(server, home, 4*MANY, SEED), 4*MANY)
+
+
+@pytest.mark.parametrize('where,first,last,strike', [('loss', 8, 10, (signal.SIGTERM, 'training', 10)), ('validation', 14, 14, (signal.SIGTERM, 'evaluating', 2)),
+                                                     ('weight', 8, 8, (signal.SIGTERM, 'training', 10))])
+def test_nothing_that_a_signal_saved_is_gone_back_to(server, home, where, first, last, strike):
+    "Stopped where a state is due, but in the midst of trouble: before the third bad step, before an evaluation that fails, and with a weight that is no number"
+    assert not divergence.one(server, home, 'in a row', dict(where=where, what='nan', first=first, last=last, times=1), [strike])
 
 
 def test_failing_calls(server, home): check(calls.calls(server, home, 12*MANY, SEED), 12*MANY)
