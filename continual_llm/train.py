@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 import torch
 from . import __version__
-from .archive import DamagedFile
+from .archive import DamagedFile, StorageError
 from .batches import Batches
-from .checkpoint import Checkpoints, checkpoint_payload
+from .checkpoint import Checkpoints, checkpoint_payload, run_id
 from .core import UserError, yes_or_no, as_path, human_bytes, in_range, pick_device, pick_precision, read_json, seed_everything, write_bytes, write_json
 from .data import prepare
 from .distributed import Processes, in_turn, join_processes, lead
@@ -69,7 +69,8 @@ def read_record(
     "What `run.json` says of a run, held to its form"
     record = read_json(Path(folder)/'run.json', 'run', ('settings', 'threads'))
     in_range(f"{Path(folder)/'run.json'}: threads", record['threads'], 1, 1024, whole=True)
-    if not isinstance(record['settings'], dict): raise UserError(f"{Path(folder)/'run.json'} was damaged: its settings are no table; begin anew with --overwrite")
+    for name in ('settings', 'result'):
+        if not isinstance(record.get(name, {}), dict): raise UserError(f"{Path(folder)/'run.json'} was damaged: its {name} are no table; begin anew with --overwrite")
     return record
 
 def check_room(
@@ -193,7 +194,7 @@ def make_parts(
     eval_tokens:int=0, # evaluate on the first of them alone; 0 means all
     batch_size:int=8,  # windows at once when evaluating
     compiled:bool=False,  # compile the training step? evaluation stays as it is
-    facts:dict|None=None, # plain values kept with every resume state
+    facts:dict|None=None, # the run's settings, kept with every resume state and naming the run in every checkpoint
     processes:Processes=Processes(), # that share an evaluation
 )->Parts:
     "The callables of a pretraining run"
@@ -203,8 +204,9 @@ def make_parts(
         return net(x.to(device), targets=y.to(device), reduction='sum'), y.numel()
     def evaluate(poll):
         return score_tokens(model, val, tokenizer, eval_tokens, batch_size=batch_size, precision=loop.precision, poll=poll, processes=processes)
+    own = dict(run=run_id(facts)) if facts else {}
     def payload(epoch, step, score):
-        return checkpoint_payload(model, epoch=epoch, step=step, val_loss=score and score.loss, tokenizer_hash=tokenizer.hash)
+        return checkpoint_payload(model, epoch=epoch, step=step, val_loss=score and score.loss, tokenizer_hash=tokenizer.hash, more=own)
     return Parts(batches, loss_fn, evaluate, payload, replan=batches.replan, facts=facts)
 
 # %% ../nbs/12_train.ipynb #6d4fe8a2
@@ -253,11 +255,10 @@ class Job:
         elif (self.folder/'memory').exists(): shutil.rmtree(self.folder/'memory')  # of a beginning that was not finished
         keep_tokenizer(self.tokenizer, self.folder/'tokenizer')
         versions = dict(python=platform.python_version(), torch=str(torch.__version__), continual_llm=__version__)
-        record = dict(settings=self.settings, threads=torch.get_num_threads(), device=self.loop.device, versions=versions, status='running')
+        record = dict(settings=self.settings, accepts=[run_id(self.settings)], threads=torch.get_num_threads(), device=self.loop.device, versions=versions, status='running')
         write_bytes(self.folder/'config.yaml', _yaml(self.shape.to_dict()))
         self.remember()
-        write_json(self.folder/'run.json', record, 'run')
-        return record
+        return self.note(record)
 
     def remember(self)->None:
         "Keep what later domains will need of this one"
@@ -282,6 +283,11 @@ class Job:
         "What stands in `run.json`, if it is of the same run"
         record = read_record(self.folder)
         check_same(record['settings'], self.settings, self.folder)
+        return record
+
+    def note(self, record:dict)->dict:
+        "Write `run.json`"
+        write_json(self.folder/'run.json', record, 'run')
         return record
 
 # %% ../nbs/12_train.ipynb #39eb0697
@@ -313,12 +319,30 @@ def carry_out(
         record = lead(processes, lambda: job.go_on() if resume else job.begin(overwrite))
         state, path, refused = store.latest(facts=record['settings']) if resume else (None, None, [])
         processes.wait()  # until all have read: the first one will write
+        if resume: record = lead(processes, lambda: _taken_up(job, record, state))
         for bad, why in refused: say(f'Passed over {bad}: {why}')
         if state: say(f"Resuming from {path} after step {state['step']}")
         stack.enter_context(machine(job.deterministic, record['threads'] if job.loop.device == 'cpu' else None))
-        return _train(job, store, record, state, quiet, say, views, processes)
+        with _told(job, record, processes): return _train(job, store, record, state, quiet, say, views, processes)
 
 # %% ../nbs/12_train.ipynb #82db89bf
+ENDED = ('complete', 'early stopping')  # with nothing left to do
+
+def _taken_up(job, record, state):
+    "What the run had come to holds no more once it goes on"
+    if record.get('status') in ENDED and state and record.get('result', {}).get('step') == state['step']: return record
+    return job.note({**{k: v for k, v in record.items() if k != 'result'}, 'status': 'running'})
+
+@contextlib.contextmanager
+def _told(job, record, processes):
+    "If the run fails, let `run.json` say why; that it was complete stays true"
+    try: yield
+    except Exception as e:
+        kind = '' if isinstance(e, (UserError, StorageError)) else f'{type(e).__name__}: '
+        if processes.first and record.get('status') not in ENDED:
+            with contextlib.suppress(OSError): job.note(dict(record, status=f"failed: {kind}{str(e)[:300]}"))
+        raise
+
 def _open(job, stack):
     "The run's folder, held by the first process for as long as the stack stands"
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -364,10 +388,9 @@ def _finish(job, store, record, model, history, at, say, processes):
     if at.best_epoch: model.load_state_dict(_best(store, at)['model_state_dict'])
     run = Run(job.folder, model.eval(), job.tokenizer, history, at.best_epoch, at.best_loss, at.stopped)
     if not processes.first: return run
-    result = dict(step=at.step, best_epoch=at.best_epoch, best_loss=at.best_loss if at.best_epoch else None, seconds=round(at.seconds, 1))
+    result = dict(step=at.step, best_step=at.best_step, best_epoch=at.best_epoch, best_loss=at.best_loss if at.best_epoch else None, seconds=round(at.seconds, 1))
     over = at.stopped in ('', 'early stopping')
-    record = dict(record, status=at.stopped or 'complete', result=result, **(job.conclude(store, record, model, history, say) if over else {}))
-    write_json(job.folder/'run.json', record, 'run')
+    job.note(dict(record, status=at.stopped or 'complete', result=result, **(job.conclude(store, record, model, history, say) if over else {})))
     try: save_curve(history, job.folder/'curve.png')
     except OSError as e: aside(f"{job.folder/'curve.png'} cannot be written ({e.strerror}); the run itself is whole")
     history.add('done', seconds=at.seconds, stopped=at.stopped, path=str(store.folder/'best'/'checkpoint.pt') if at.best_epoch else None)

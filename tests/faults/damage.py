@@ -115,16 +115,12 @@ def verdict(read, right, path, allowed=None):
     return f'SILENT: {d}'
 
 
-def judge(s, path, how):
+def judge(s, path):
     "All verdicts on what reads this file"
+    if path in s.loads: yield verdict(lambda: (loaded(path), ''), s.loads[path], path)
     yield verdict(lambda: would_go_on(s.home, s.name, s.cache, path.suffix == '.tokens'), dict(s.right, loss=s.right['loss'] if path.suffix == '.tokens' else 0), path,
                   s.before if path.parent.name == 'last' else None)
     if path.is_relative_to(s.run/'memory'): yield verdict(lambda: (remembered(s.run), ''), s.memory, path)
-    for p, right in s.loads.items():
-        if p != path: continue
-        new = verdict(lambda: (loaded(p), ''), right, path)
-        whole = how in ('old', 'other run') and new.startswith('SILENT')  # a good checkpoint all the same, which says itself which it is; `pretrain` holds `best/` against its own record
-        yield 'another' if whole else new
     if path.parent.name == 'tokenizer': yield verdict(lambda: ([Tokenizer.load(path.parent).hash], ''), [s.right['facts']['tokenizer_hash']], path)
 
 
@@ -137,10 +133,10 @@ def damages(server, home, asked, seed=0, until=float('inf')):
             if row.done == row.asked or len(row.wrong) > 19 or time.monotonic() > until: break
             path = rng.choice(list(s.whole))
             if what := s.spoil(path, how, rng):
-                verdicts = list(judge(s, path, how))
+                verdicts = list(judge(s, path))
                 row.done += 1
                 seen.update(verdicts)
-                bad = [v for v in verdicts if v not in ('found', 'harmless', 'before', 'made again', 'another')]
+                bad = [v for v in verdicts if v not in ('found', 'harmless', 'before', 'made again')]
                 if bad: row.wrong.append(f'{path.relative_to(home)}, {what}: {bad}')
             s.mend()
         row.note, row.seconds = ', '.join(f'{v} {k}' for k, v in sorted(seen.items()) if len(k) < 12), time.monotonic() - begun
