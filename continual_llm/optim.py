@@ -126,7 +126,8 @@ def make_optimizer(
              ] if config.optimizer == 'muon' else []
     taken = {id(p) for p in inner}
     groups = decay_groups([p for p in model.parameters() if id(p) not in taken], config.weight_decay)
-    adamw = torch.optim.AdamW(groups, lr=0., betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     muon = [Muon(inner, lr=0., momentum=config.momentum, weight_decay=config.weight_decay)] if inner else []
-    for opt in (*muon, adamw): opt.register_load_state_dict_pre_hook(_fitting)
-    return Together(*muon, adamw) if muon else adamw
+    adamw = [torch.optim.AdamW(groups, lr=0., betas=(config.beta1, config.beta2), eps=config.eps, fused=True)] if groups else []
+    if not muon + adamw: raise UserError("no weight of the model is trained, so there is nothing to optimize; give it weights that are")
+    for opt in muon + adamw: opt.register_load_state_dict_pre_hook(_fitting)
+    return Together(*muon, *adamw) if muon and adamw else (muon + adamw)[0]
