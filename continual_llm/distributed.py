@@ -15,10 +15,10 @@ from .core import UserError
 # %% ../nbs/08b_distributed.ipynb #79e2e79a
 @contextlib.contextmanager
 def _in_touch():
-    "A connection that broke is one line"
+    "A connection that broke is one line, and nobody's mistake: whoever is left says it"
     try: yield
     except RuntimeError as e:
-        raise UserError(f"another process of this run is gone ({str(e).splitlines()[0][:80]}); what was saved is whole: go on with --resume") from None
+        raise ConnectionError(f"another process of this run is gone ({str(e).splitlines()[0][:80]}); what was saved is whole: go on with --resume") from None
 
 @dataclass(frozen=True)
 class Processes:
