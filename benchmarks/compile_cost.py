@@ -19,7 +19,7 @@ def flags():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--configs', default='tiny,small', help='presets or YAML files, with commas between them (default: tiny,small)')
     p.add_argument('--precisions', default='fp32,bf16', help='default: fp32,bf16')
-    p.add_argument('--batch_size', type=int, default=2, help='blocks at once (default: 2)')
+    p.add_argument('--batch_size', type=int, default=4, help='blocks at once (default: 4)')
     p.add_argument('--seq_len', type=int, default=128, help='tokens of a block (default: 128)')
     p.add_argument('--vocab_size', type=int, default=4000, help='pieces of the vocabulary (default: 4000)')
     p.add_argument('--threads', type=int, default=2, help='CPU threads; a single one hides that compiled code does not repeat itself (default: 2)')
