@@ -649,6 +649,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'continual_llm.optim.make_optimizer': ('optim.html#make_optimizer', 'continual_llm/optim.py'),
                                      'continual_llm.optim.orthogonalize': ('optim.html#orthogonalize', 'continual_llm/optim.py')},
             'continual_llm.penalties': { 'continual_llm.penalties._beside': ('penalties.html#_beside', 'continual_llm/penalties.py'),
+                                         'continual_llm.penalties._drawn': ('penalties.html#_drawn', 'continual_llm/penalties.py'),
                                          'continual_llm.penalties._is_stiffness': ( 'penalties.html#_is_stiffness',
                                                                                     'continual_llm/penalties.py'),
                                          'continual_llm.penalties.drawn_nats': ('penalties.html#drawn_nats', 'continual_llm/penalties.py'),

@@ -82,7 +82,7 @@ def distilled(
         return mixed_nats(model.hidden(x), model.out_weight, old, teacher.out_weight.detach(), y, share, temperature), y.numel()
     return loss_fn
 
-# %% ../nbs/12b_distill.ipynb #5eb8f2bf
+# %% ../nbs/12b_distill.ipynb #15ec03f6
 def self_generated(
     model,               # a `ContinualLLM`
     tokenizer,           # the `Tokenizer` it was trained with
@@ -93,6 +93,8 @@ def self_generated(
 )->np.ndarray:           # (n_tokens,) ids as in a token file, uint16 or uint32
     "What the old model writes from nothing, to be read again later (Robins 1995; Sun et al. 2020)"
     in_range('n_tokens', n_tokens, 1, whole=True)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} pieces and the model {model.config.vocab_size}; give the tokenizer that the model was trained with")
     in_range('batch_size', batch_size, 1, whole=True)
     length, banned = model.config.max_seq_len, banned_pieces(tokenizer)
     n_rows = -(-n_tokens // length)

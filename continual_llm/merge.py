@@ -38,7 +38,7 @@ def interpolate(
     done = {key: _blend(old[name], new[name], alpha) for name, key in keys.items()}  # a table under two names is one in the end
     return {name: done[keys[name]] for name in old}
 
-# %% ../nbs/12c_merge.ipynb #b4f44bf5
+# %% ../nbs/12c_merge.ipynb #9c67ce91
 def sweep(
     model,     # of which the weights are exchanged, and put back
     old:dict,  # name -> weight, as the model has them
@@ -48,7 +48,7 @@ def sweep(
 )->list:       # a dictionary for each point: `alpha` and its numbers
     "Score models along the line"
     kept = {name: w.clone() for name, w in model.state_dict().items()}
-    _check_alike(kept, old, 'the model')
+    _check_alike(old, kept, 'the model')
     rows = []
     try:
         for alpha in alphas:

@@ -41,7 +41,12 @@ def l2_penalty(
     pairs = _beside(model, start, 'the start')
     return lambda: strength/2 * sum((w-a).square().sum() for w, a in pairs)
 
-# %% ../nbs/12a_penalties.ipynb #952f61a8
+# %% ../nbs/12a_penalties.ipynb #78f66ac3
+def _drawn(p, g):
+    "One of V (N,1) by each row's probabilities (N,V): where a drawn height meets their sum"
+    sums = p.cumsum(1)
+    return torch.searchsorted(sums, torch.rand(len(p), 1, generator=g)*sums[:, -1:], right=True).clamp_(max=p.shape[1]-1)
+
 def drawn_nats(
     model,               # has `hidden`, `logits` and `out_weight`, as a `ContinualLLM` does
     ids:torch.Tensor,    # (B,T) token ids
@@ -52,7 +57,7 @@ def drawn_nats(
     def cast(): return autocast(precision, ids.device)  # a context for each: one that casts a weight without gradient would keep it so
     with cast(): h = model.hidden(ids)                  # (B,T,d_model)
     with torch.no_grad(), cast(): p = model.logits(h).float().softmax(-1).cpu()
-    drawn = torch.multinomial(p.flatten(0, 1), 1, generator=g).view(ids.shape)
+    drawn = _drawn(p.flatten(0, 1), g).view(ids.shape)  # (B,T,V) -> (BT,V) -> (B,T)
     with cast(): return next_token_nats(h, model.out_weight, drawn.to(ids.device), 'sum')
 
 # %% ../nbs/12a_penalties.ipynb #36f00465
@@ -75,7 +80,7 @@ def fisher(
     if not tokens: raise UserError("there is no text to measure the Fisher information on; give at least one sequence")
     return {name: (s/tokens).float().cpu() for name, s in sums.items()}
 
-# %% ../nbs/12a_penalties.ipynb #b269d86f
+# %% ../nbs/12a_penalties.ipynb #6fdecd6d
 def ewc_penalty(
     model,          # that is trained
     start:dict,     # plain name -> the weight it should stay near
@@ -88,7 +93,7 @@ def ewc_penalty(
     springs = [(w, a, f) for (w, a), (_, f) in pairs]
     return lambda: strength/2 * sum((f*(w-a).square()).sum() for w, a, f in springs)
 
-# %% ../nbs/12a_penalties.ipynb #9ecace1a
+# %% ../nbs/12a_penalties.ipynb #bc659099
 def merge_fishers(
     old:dict,       # plain name -> stiffness, of all domains so far
     new:dict,       # of the newest one
@@ -100,7 +105,7 @@ def merge_fishers(
         raise UserError("the two Fisher informations are not of the same weights; measure both on one model")
     return {name: decay*old[name] + f for name, f in new.items()}
 
-# %% ../nbs/12a_penalties.ipynb #974cc715
+# %% ../nbs/12a_penalties.ipynb #590d31fc
 def save_fisher(
     stiffness:dict, # from `fisher`
     path,           # the file to make or replace

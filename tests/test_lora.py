@@ -1,7 +1,9 @@
 "Adapters against the `peft` library on transformers' own models: ours runs there, and theirs here"
+import random
 import pytest, torch
+from continual_llm.core import UserError
 from continual_llm.lora import PARTS, adapters, add_lora, load_adapter, merge_lora, save_adapter, use
-from continual_llm.model import ModelConfig
+from continual_llm.model import ContinualLLM, ModelConfig
 from tests.test_model import ours_from, theirs
 
 SHAPE = dict(vocab_size=97, d_model=48, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=80, max_seq_len=64)
@@ -63,3 +65,24 @@ def test_begins_as_theirs_does(both):
     wrapped.unload()
     bound = 80**-.5
     for w in (a, b): assert w.shape == (64, 80) and .98*bound < w.abs().max() <= bound and abs(w.std() - bound/3**.5) < .03*bound
+
+
+def test_damaged_files_are_loaded_or_refused(tmp_path):
+    "Bytes changed anywhere: one line, or numbers of the right shapes; never another error, and a refused one adds nothing"
+    config = ModelConfig(**SHAPE)
+    ours = add_lora(ContinualLLM(config), rank=2, targets=['q_proj'], name='law')
+    save_adapter(ours, tmp_path)
+    whole, rng, refused = {p.name: p.read_bytes() for p in tmp_path.iterdir()}, random.Random(0), 0
+    for n in range(300):
+        name = 'adapter_model.safetensors' if n % 2 else 'adapter_config.json'
+        bad = bytearray(whole[name])
+        for _ in range(rng.choice([1, 3])): bad[rng.randrange(min(len(bad), 700))] = rng.choice([rng.randrange(256), *b'0129"[{:'])
+        if n % 7 == 0: del bad[rng.randrange(len(bad)):]
+        (tmp_path/name).write_bytes(bad)
+        before = adapters(ours)
+        try: load_adapter(ours, tmp_path, f'n{n}')
+        except UserError as e:
+            refused += 1
+            assert '\n' not in str(e) and adapters(ours) == before
+        (tmp_path/name).write_bytes(whole[name])
+    assert refused > 150
