@@ -807,6 +807,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'continual_llm.train.check_room': ('train.html#check_room', 'continual_llm/train.py'),
                                      'continual_llm.train.check_same': ('train.html#check_same', 'continual_llm/train.py'),
                                      'continual_llm.train.clear_run': ('train.html#clear_run', 'continual_llm/train.py'),
+                                     'continual_llm.train.compiler_says': ('train.html#compiler_says', 'continual_llm/train.py'),
+                                     'continual_llm.train.compiling': ('train.html#compiling', 'continual_llm/train.py'),
                                      'continual_llm.train.count_params': ('train.html#count_params', 'continual_llm/train.py'),
                                      'continual_llm.train.holds_run': ('train.html#holds_run', 'continual_llm/train.py'),
                                      'continual_llm.train.keep_tokenizer': ('train.html#keep_tokenizer', 'continual_llm/train.py'),

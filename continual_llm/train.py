@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS_OF_A_RUN', 'QUICK', 'holds_run', 'check_folder', 'read_record', 'check_room', 'clear_run', 'check_same',
            'machine', 'Run', 'validation_share', 'read_texts', 'make_parts', 'keep_tokenizer', 'Job', 'carry_out',
-           'count_params', 'with_vocabulary', 'check_compiler', 'as_before', 'pretrain', 'quickstart']
+           'count_params', 'with_vocabulary', 'compiler_says', 'check_compiler', 'as_before', 'compiling', 'pretrain',
+           'quickstart']
 
 # %% ../nbs/12_train.ipynb #9f465ed2
 import contextlib, os, platform, shutil
@@ -369,7 +370,7 @@ def _train(job, store, record, state, quiet, say, views, processes):
     parts = job.make_parts(model, record['settings'], processes)
     opt = make_optimizer(model, job.optim)
     try:
-        at = fit(model, opt, parts, loop, history, store, state, processes)
+        with compiling(): at = fit(model, opt, parts, loop, history, store, state, processes)
         return _finish(job, store, record, model, history, at, say, processes)
     finally: history.close()
 
@@ -417,13 +418,20 @@ def with_vocabulary(
     return replace(shape, vocab_size=len(tokenizer))
 
 # %% ../nbs/12_train.ipynb #3863ac6e
+def compiler_says(
+    e:Exception, # from torch's compiler
+)->str:
+    "The line of many that says most"
+    lines = [line for line in map(str.strip, str(e).splitlines()) if line] or [type(e).__name__]
+    return next((line for line in lines if 'error:' in line), lines[0])[:160]
+
 def check_compiler(
     device, # that will compute
 )->None:
     "Refuse to compile where it cannot be done, before anything else is"
     try: torch.compile(lambda x: 2*x)(torch.ones(2, device=device))
     except Exception as e:
-        raise UserError(f"compile: torch cannot compile on {device} here ({str(e).strip().splitlines()[0][:120]}); install a C++ compiler such as g++, or leave it out") from None
+        raise UserError(f"compile: torch cannot compile on {device} here ({compiler_says(e)}); install a C++ compiler such as g++, or leave it out") from None
 
 def as_before(
     loop:LoopConfig,
@@ -433,6 +441,16 @@ def as_before(
     "What the run chose for itself when it began is chosen again, on whatever machine"
     chosen = read_record(folder)['settings'].get('precision', loop.precision)
     return replace(loop, precision=chosen) if precision == 'auto' else loop
+
+# %% ../nbs/12_train.ipynb #1b2c8d8e
+@contextlib.contextmanager
+def compiling():
+    "A compiler that fails later, in the training step itself, is one line"
+    try: yield
+    except Exception as e:
+        if not type(e).__module__.startswith(('torch._dynamo', 'torch._inductor')): raise
+        raise UserError(f"compile: the training step could not be compiled ({compiler_says(e)}); try again with --resume, or begin anew with --overwrite and "
+                        "without --compile") from None
 
 # %% ../nbs/12_train.ipynb #8fa934de
 def pretrain(

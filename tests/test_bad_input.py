@@ -1,5 +1,5 @@
 "Every mistake a user can make: one line with value, place and way out; exit 2; no traceback; nothing changed on disk"
-import hashlib, shutil
+import hashlib, inspect, shutil
 from contextlib import nullcontext
 from collections import namedtuple
 from pathlib import Path
@@ -312,3 +312,22 @@ def test_python_functions(here):
         else: pytest.fail(f'{name} was accepted')
         assert '\n' not in line and len(line) < 700 and all(w in line for w in words), (name, line)
     assert snapshot(here) == before
+
+
+@pytest.mark.parametrize('late', ['forward', 'backward'])
+def test_a_compiler_that_fails_in_the_step(capsys, here, monkeypatch, late):
+    "What was compiled before the run went well; the step itself does not"
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.exc import InductorError  # in which it wraps whatever happens
+    words = 'C++ compile error\n\nCommand:\ng++ -O3\n\nOutput:\ng++: fatal error: Killed signal terminated program cc1plus\n'
+    def fail(graph, inputs): raise InductorError(RuntimeError(words), inspect.currentframe())
+    backend = aot_autograd(fw_compiler=fail if late == 'forward' else lambda graph, inputs: graph.forward, bw_compiler=fail)
+    compiler = torch.compile
+    monkeypatch.setattr('torch.compile', lambda f, **how: compiler(f, **how, backend=backend) if isinstance(f, torch.nn.Module) else f)
+    torch._dynamo.reset()
+    code, out, err = call(capsys, *with_flag(), '--compile')
+    line, = [l for l in err.splitlines() if l.startswith('continual-llm: ')]
+    assert code == 2 and 'Traceback' not in out + err
+    assert 'g++: fatal error: Killed signal' in line and '--resume' in line and 'without --compile' in line
+    assert load_object(here/'new'/'last'/'000000.pt')['step'] == 0
+    torch._dynamo.reset()
