@@ -89,13 +89,14 @@ def _replace(model, path, module):
     parent, _, last = path.rpartition('.')
     setattr(model.get_submodule(parent), last, module)
 
-# %% ../nbs/12d_lora.ipynb #3c009a2f
+# %% ../nbs/12d_lora.ipynb #4e22ee5d
 def adapters(
     model, # a `ContinualLLM`
 )->list:   # in the order in which they came
     "Names of the adapters beside a model"
     return list(dict.fromkeys(_name(key) for m in _adapted(model).values() for key in m.lora))
 
+# %% ../nbs/12d_lora.ipynb #8abed606
 def use(
     model,
     name:str|None=None, # an adapter; None leaves the base alone
@@ -109,7 +110,7 @@ def use(
         if m.used: m.lora[m.used].requires_grad_()
     return model
 
-# %% ../nbs/12d_lora.ipynb #715ea521
+# %% ../nbs/12d_lora.ipynb #3f06cd07
 def add_lora(
     model,               # a `ContinualLLM`; its own weights are frozen
     rank:int=8,          # of what is added to a matrix
@@ -129,7 +130,7 @@ def add_lora(
             linear.lora[_key(name)] = nn.ModuleDict(pairs).to(linear.weight)
     return use(model, name)
 
-# %% ../nbs/12d_lora.ipynb #bb0b0b44
+# %% ../nbs/12d_lora.ipynb #ea660800
 def _check_adapter(model, rank, alpha, targets, name):
     "Refuse an adapter that cannot be added"
     in_range('rank', rank, 1, 1024, whole=True)
@@ -140,7 +141,7 @@ def _check_adapter(model, rank, alpha, targets, name):
         raise UserError(f"name={shown(name)} cannot name an adapter; use up to 64 letters, digits, '_', '-' and '.', beginning with a letter or digit")
     if name in adapters(model): raise UserError(f"the model has an adapter {name!r} already; give this one another name")
 
-# %% ../nbs/12d_lora.ipynb #fab14325
+# %% ../nbs/12d_lora.ipynb #8e2a6550
 def merged_state(
     model, # with adapters or without
 )->dict:   # name -> weight, as of a model that never had any
@@ -149,6 +150,7 @@ def merged_state(
     state = {plain_name(name): w for name, w in model.state_dict().items()}
     return {name: places[at].merged() if (at := name.removesuffix('.weight')) in places else w for name, w in state.items() if '.lora.' not in name}
 
+# %% ../nbs/12d_lora.ipynb #a4169ccb
 def remove_lora(
     model,
 ):        # the model as it was before, all of it trained again
@@ -159,6 +161,7 @@ def remove_lora(
         _replace(model, path, plain)
     return model.requires_grad_()
 
+# %% ../nbs/12d_lora.ipynb #0074ba0e
 def merge_lora(
     model,
 ):        # the model without adapters, all of it trained again
@@ -167,7 +170,7 @@ def merge_lora(
         for m in _adapted(model).values(): m.weight.copy_(m.merged())
     return remove_lora(model)
 
-# %% ../nbs/12d_lora.ipynb #e5056bac
+# %% ../nbs/12d_lora.ipynb #618fb878
 _WEIGHTS, _CONFIG, _THEIRS = 'adapter_model.safetensors', 'adapter_config.json', dict(attn='self_attn', mlp='mlp')
 
 def _pairs(model, name):
@@ -180,7 +183,7 @@ def _pairs(model, name):
 
 def _their_name(layer, half, part, which): return f'base_model.model.model.layers.{layer}.{half}.{part}.lora_{which}.weight'
 
-# %% ../nbs/12d_lora.ipynb #0edc2513
+# %% ../nbs/12d_lora.ipynb #9d5fbd75
 def save_adapter(
     model,              # with adapters
     folder,             # for the two files; made if need be
@@ -201,6 +204,7 @@ def save_adapter(
         write_bytes(folder/_CONFIG, (json.dumps(config, indent=2) + '\n').encode())
     return folder
 
+# %% ../nbs/12d_lora.ipynb #7ec5b322
 def _chosen(model, name):
     "The adapter that is meant"
     if name is not None: return one_of('adapter', name, adapters(model))
@@ -208,11 +212,12 @@ def _chosen(model, name):
     if used is None: raise UserError(f"no adapter is in use; name one of {', '.join(adapters(model)) or 'those that `add_lora` makes'}")
     return _name(used)
 
-# %% ../nbs/12d_lora.ipynb #7100ea02
+# %% ../nbs/12d_lora.ipynb #4c2821c9
 _ANY = {'peft_type', 'task_type', 'auto_mapping', 'peft_version', 'base_model_name_or_path', 'revision', 'inference_mode', 'r', 'lora_alpha', 'lora_dropout',
         'target_modules', 'layers_pattern', 'megatron_core', 'qalora_group_size', 'runtime_config'}  # looked at elsewhere, or of no weight without the others
 _PLAIN = dict(bias=('none',), init_lora_weights=(True, 'gaussian', 'orthogonal'))                    # what else may be set, and to what
 
+# %% ../nbs/12d_lora.ipynb #bc6050b0
 def _read_config(path):
     "Rank, alpha and parts of an adapter's config"
     config = read_json(path, "adapter's config", ('peft_type', 'r', 'lora_alpha', 'target_modules'))
@@ -224,7 +229,7 @@ def _read_config(path):
     rank, alpha = in_range(f"{path}: r", config['r'], 1, 1024, whole=True), in_range(f"{path}: lora_alpha", config['lora_alpha'], 0, 1e6, '(]')
     return rank, float(alpha), [one_of(f"{path}: target_modules", t, PARTS) for t in dict.fromkeys(map(str, targets))]
 
-# %% ../nbs/12d_lora.ipynb #059fd126
+# %% ../nbs/12d_lora.ipynb #8ae3c5b3
 def _wanted(config, rank, targets):
     "Name and shape of every tensor that an adapter's file must hold"
     found = {}
@@ -236,6 +241,7 @@ def _wanted(config, rank, targets):
                 found |= {_their_name(*at, 'A'): (rank, n_in), _their_name(*at, 'B'): (_rows(config, part), rank)}
     return found
 
+# %% ../nbs/12d_lora.ipynb #86454c31
 def _read_tensors(path, wanted):
     "The tensors of an adapter's file, if they are the wanted ones and finite"
     from safetensors.torch import load
@@ -251,7 +257,7 @@ def _read_tensors(path, wanted):
             raise UserError(f"{path}: {name} holds {t.dtype} or numbers that are not finite; save it anew in float32")
     return tensors
 
-# %% ../nbs/12d_lora.ipynb #ba73014f
+# %% ../nbs/12d_lora.ipynb #39b9c1d1
 def load_adapter(
     model,               # a `ContinualLLM` of the adapter's base
     folder,              # that holds the two files
