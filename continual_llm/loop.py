@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Callable
 import torch
 from torch import nn
-from .core import UserError, autocast, in_range, one_of, seed_everything, shown
+from .core import UserError, autocast, fields_in_range, one_of, seed_everything, shown
 from .distributed import Processes
 from .guard import ROLLBACKS, SKIPS, Guard, advice
 from .schedule import constant_then_decay, rewarm, set_lr
@@ -44,13 +44,12 @@ class LoopConfig:
     seed:int=0                      # of all that is random in a step
 
     def __post_init__(self):
-        for name in ('steps_per_epoch', 'epochs'): in_range(name, getattr(self, name), 1, whole=True)
-        for name in ('warmup_steps', 'early_stopping_patience', 'eval_every', 'max_steps', 'save_every', 'keep_epochs'):
-            in_range(name, getattr(self, name), 0, whole=True)
-        for name in ('max_grad_norm', 'max_time', 'spike'): in_range(name, getattr(self, name), 0, math.inf, '[)')
-        in_range('learning_rate', self.learning_rate, 0, 10, '(]')
-        in_range('floor', self.floor, 0, 1)
-        in_range('rise_from', self.rise_from, 0, 10)
+        fields_in_range(self, ['steps_per_epoch', 'epochs'], 1, whole=True)
+        fields_in_range(self, ['warmup_steps', 'early_stopping_patience', 'eval_every', 'max_steps', 'save_every', 'keep_epochs'], 0, whole=True)
+        fields_in_range(self, ['max_grad_norm', 'max_time', 'spike'], 0, math.inf, '[)')
+        fields_in_range(self, ['learning_rate'], 0, 10, '(]')
+        fields_in_range(self, ['floor'], 0, 1)
+        fields_in_range(self, ['rise_from'], 0, 10)
         one_of('schedule', self.schedule, ('cosine', 'wsd'))
         one_of('precision', self.precision, ('fp32', 'bf16'))
 

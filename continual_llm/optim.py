@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 import torch
 from torch import nn
-from .core import UserError, in_range, multiplies_bf16, one_of
+from .core import UserError, fields_in_range, multiplies_bf16, one_of
 
 # %% ../nbs/08a_optim.ipynb #489a2c26
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class OptimConfig:
     momentum:float=.95       # Muon's memory of the gradient
     def __post_init__(self):
         one_of('optimizer', self.optimizer, ('adamw', 'muon'))
-        in_range('weight_decay', self.weight_decay, 0, math.inf, '[)', hint='0 turns it off')
-        for name in ('beta1', 'beta2', 'momentum'): in_range(name, getattr(self, name), 0, 1, '[)')
-        in_range('eps', self.eps, 0, 1, '()')
+        fields_in_range(self, ['weight_decay'], 0, math.inf, '[)', hint='0 turns it off')
+        fields_in_range(self, ['beta1', 'beta2', 'momentum'], 0, 1, '[)')
+        fields_in_range(self, ['eps'], 0, 1, '()')
 
 # %% ../nbs/08a_optim.ipynb #3d4aab1a
 def decay_groups(

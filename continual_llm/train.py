@@ -495,14 +495,14 @@ def pretrain(
 )->Run:
     "Pretrain a language model on a text and keep the best checkpoint"
     where = pick_device(device)
+    batch_size, grad_accumulation, vocab_size = [in_range(n, v, 1, whole=True) for n, v in dict(batch_size=batch_size, grad_accumulation=grad_accumulation, vocab_size=vocab_size).items()]
+    eval_tokens, seed = [in_range(n, v, 0, whole=True) for n, v in dict(eval_tokens=eval_tokens, seed=seed).items()]
+    switches = dict(compile=compile, deterministic=deterministic, resume=resume, overwrite=overwrite, quiet=quiet)
+    compile, deterministic, resume, overwrite, quiet = [yes_or_no(n, v) for n, v in switches.items()]
     loop = LoopConfig(1, epochs, learning_rate, warmup_steps, early_stopping_patience=early_stopping_patience, max_grad_norm=max_grad_norm, spike=spike,
                       schedule=schedule, eval_every=eval_every, max_steps=max_steps, max_time=max_time, save_every=save_every, keep_epochs=keep_epochs,
                       precision=pick_precision(precision, where), device=str(where), seed=seed)
     optim, shape = OptimConfig(optimizer, weight_decay), model_config(config, max_seq_len=max_seq_len, dropout=dropout)
-    sizes = dict(batch_size=batch_size, grad_accumulation=grad_accumulation, vocab_size=vocab_size)
-    for name, value in sizes.items(): in_range(name, value, 1, whole=True)
-    for name, value in dict(compile=compile, deterministic=deterministic, resume=resume, overwrite=overwrite, quiet=quiet).items(): yes_or_no(name, value)
-    for name, value in dict(eval_tokens=eval_tokens, seed=seed).items(): in_range(name, value, 0, whole=True)
     domain, memory = domain_name(domain), in_range('memory', memory, 0, 1)
     if compile: check_compiler(where)
     share = validation_share(val_data, val_split)

@@ -1,11 +1,13 @@
 "What `run.json` says: which run a folder holds, how it ended, and whose checkpoints may stand in it"
 import errno, json, shutil
 from unittest.mock import patch
+import numpy as np
 import pytest
 import torch
 from continual_llm import train
 from continual_llm.archive import DamagedFile, StorageError, load_object
 from continual_llm.checkpoint import load_checkpoint, run_id
+from continual_llm.compare import compare_runs
 from continual_llm.core import UserError
 from continual_llm.evaluate import evaluate
 from continual_llm.generate import load_model
@@ -123,3 +125,12 @@ def test_a_failure_on_a_full_disk_leaves_the_record_whole(home):
         with patch.object(train, 'fit', fit), pytest.raises(UserError, match='the first error'): run(home, 'no_room')
     finally: patch.stopall()
     assert record(home, 'no_room')['status'] == 'running'
+
+
+def test_numbers_of_numpy_are_as_good_as_plain_ones(home):
+    "Each is kept as Python's own, so that the run is the same, and neither the record nor a resume state refuses it at the first save"
+    plain = dict(epochs=2, batch_size=4, grad_accumulation=1, learning_rate=3e-3, warmup_steps=2, save_every=2, early_stopping_patience=3, max_seq_len=16, dropout=0., weight_decay=.1, max_grad_norm=1.,
+                 seed=0, compile=False, deterministic=False, spike=8., eval_every=0, eval_tokens=0, max_steps=0, max_time=0., keep_epochs=0, memory=.05, vocab_size=280)
+    kinds = {bool: np.bool_, int: np.int64, float: np.float64}
+    run(home, 'numpy', **{k: kinds[type(v)](v) for k, v in plain.items()})
+    assert record(home, 'numpy')['settings'] == record(home, 'whole')['settings'] and not compare_runs(home/'whole', home/'numpy').differences
