@@ -125,10 +125,11 @@ class Batches:
         return [self.gather(mine[i:i+self.batch_size]) for i in cuts]
 
     def gather(self,
-        starts:np.ndarray, # (B,) first target of each block
-    )->tuple:              # inputs and targets, each (B,T) int64
+        starts:np.ndarray,   # (B,) first target of each block
+        ids:np.ndarray=None, # of the text they are of; left out, the one that is trained on
+    )->tuple:                # inputs and targets, each (B,T) int64
         "The tokens of some blocks"
-        return _gather(self.ids, starts, self.blocks.seq_len, self.bos_id)
+        return _gather(self.ids if ids is None else ids, starts, self.blocks.seq_len, self.bos_id)
 
     def replan(self,
         detours:tuple=(), # steps from each of which the rest of its epoch is read in another order

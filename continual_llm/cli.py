@@ -52,6 +52,8 @@ def parse(
     "The words of a command line as arguments of its function"
     parser = add_flags(_Parser(prog, usage='%(prog)s [--flag value ...]', description=inspect.getdoc(function), allow_abbrev=False), function)
     flags = [s for a in parser._actions for s in a.option_strings]
+    names = list(inspect.signature(function).parameters)
+    if len(names) == 1 and argv[:1] and not argv[0].startswith('-'): argv = [f'--{names[0]}', *argv]  # the only thing there is to say
     for word in argv:
         name = word.split('=')[0]
         if name.startswith('--') and name not in flags:
@@ -97,6 +99,9 @@ COMMANDS = {  # name -> (what it is for, what describes its flags, what runs it)
     'pretrain': ('train a model on a text', 'continual_llm.train:pretrain', 'continual_llm.cli:pretrain_command'),
     'generate': ('let a model write on from a prompt', 'continual_llm.cli:generate_command', None),
     'evaluate': ('measure a model on a text', 'continual_llm.evaluate:evaluate', None),
+    'continual-learn': ('teach a model a new domain, and keep the old ones', 'continual_llm.continual:continual_learn', None),
+    'history': ('show which model came from which, and what it knows', 'continual_llm.lineage:history', None),
+    'remember': ('add a domain to what a run remembers', 'continual_llm.continual:remember_domain', None),
     'verify-resume': ('kill a run of yours at random moments and compare', 'continual_llm.verify:verify_resume', None)}
 
 def usage()->str:
@@ -119,8 +124,9 @@ def run_command(
     if argv[0] == 'train-tokenizer' and not given.get('save'): raise UserError("--save is missing, so the tokenizer would be kept nowhere; give a folder such as tokenizers/mine")
     result = (_load(runs) if runs else function)(**given)
     stopped = getattr(result, 'stopped', '')
-    if argv[0] in ('train-tokenizer', 'evaluate', 'verify-resume'): print(result)
+    if argv[0] in ('train-tokenizer', 'evaluate', 'verify-resume', 'history', 'remember'): print(result)
     if not getattr(result, 'identical', True): return 1
+    if getattr(result, 'refused', False): return 3
     return 128 + signal.Signals[stopped] if stopped in ('SIGINT', 'SIGTERM') else 0
 
 # %% ../nbs/20_cli.ipynb #c57e0f41

@@ -32,7 +32,7 @@ def _place(r, epochs=''):
 
 # %% ../nbs/07_monitor.ipynb #f80dca3c
 def eval_lines(
-    r:dict,               # an `eval` record; `whole` is false inside an epoch
+    r:dict,               # an `eval` record; `whole` is false inside an epoch, `old` has the bits per byte of remembered domains
     epochs:int,           # of the whole run
     unit:str='epoch(s)',  # what patience counts
 )->str:
@@ -40,10 +40,11 @@ def eval_lines(
     loss, ppl = f"{r['loss']:.4f}", _ppl(r['perplexity'])
     news = f"No improvement for {r['no_improvement']} {unit}"
     if r['best']: news = f"✓ New best checkpoint saved (val_loss: {loss}, val_ppl: {ppl})"
+    old = [f"Remembered: {name} at {bits:.4f} bits/byte" for name, bits in r.get('old', {}).items()]
     return '\n  '.join([_place(r, epochs),
         f"Train Loss: {r['train_loss']:.4f} | Train PPL: {_ppl(perplexity(r['train_loss']))}",
         f"Val Loss:   {loss} | Val PPL:   {ppl}",
-        f"Word PPL:   {_ppl(r['word_perplexity'])} | Bits/byte: {r['bits_per_byte']:.4f}", news])
+        f"Word PPL:   {_ppl(r['word_perplexity'])} | Bits/byte: {r['bits_per_byte']:.4f}", *old, news])
 
 # %% ../nbs/07_monitor.ipynb #90ca086c
 def done_lines(

@@ -36,7 +36,7 @@ from .split import prepare_split
 from .tokenizer import Tokenizer, train_tokenizer
 
 # %% ../nbs/12_train.ipynb #4df5502a
-PARTS_OF_A_RUN = ('run.json', 'config.yaml', 'metrics.jsonl', 'curve.png', 'tokenizer', 'memory', 'best', 'last', 'final', 'branch', 'candidate')
+PARTS_OF_A_RUN = ('run.json', 'config.yaml', 'metrics.jsonl', 'curve.png', 'tokenizer', 'memory', 'best', 'last', 'final', 'branch', 'candidate', 'fisher.pt', 'adapter', 'retry')
 
 def holds_run(
     folder, # a run folder, which need not exist
@@ -258,12 +258,13 @@ class Job:
         versions = dict(python=platform.python_version(), torch=str(torch.__version__), continual_llm=__version__)
         record = dict(settings=self.settings, accepts=[run_id(self.settings)], threads=torch.get_num_threads(), device=self.loop.device, versions=versions, status='running')
         write_bytes(self.folder/'config.yaml', _yaml(self.shape.to_dict()))
-        self.remember()
+        record.update(self.beginning())
         return self.note(record)
 
-    def remember(self)->None:
-        "Keep what later domains will need of this one"
+    def beginning(self)->dict:
+        "Keep what later domains will need of this one; what to add to `run.json`"
         remember(self.train, self.val, self.folder/'memory', self.domain, self.memory, seed=self.loop.seed)
+        return {}
 
     def make_model(self)->ContinualLLM:
         "The model before its first step"
@@ -273,6 +274,13 @@ class Job:
     def make_parts(self, model, facts:dict, processes:Processes)->Parts:
         "What the loop is handed"
         return make_parts(model, self.tokenizer, self.batches, self.val, self.loop, self.eval_tokens, compiled=self.compiled, facts=facts, processes=processes)
+
+    def take_best(self, model, checkpoint:dict)->None:
+        "Put the best weights into the model"
+        model.load_state_dict(checkpoint['model_state_dict'])
+
+    def tidy(self)->None:
+        "What is left to do when all is written"
 
     def conclude(self, store, record:dict, model, history:History, say)->dict:
         "What a finished run adds to `run.json`"
@@ -318,6 +326,7 @@ def carry_out(
     with contextlib.ExitStack() as stack:
         store = lead(processes, lambda: _open(job, stack))
         record = lead(processes, lambda: job.go_on() if resume else job.begin(overwrite))
+        store.best = job.best
         state, path, refused = store.latest(facts=record['settings']) if resume else (None, None, [])
         processes.wait()  # until all have read: the first one will write
         if resume: record = lead(processes, lambda: _taken_up(job, record, state))
@@ -348,7 +357,6 @@ def _open(job, stack):
     "The run's folder, held by the first process for as long as the stack stands"
     job.folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context((store := Checkpoints(job.folder)).lock())
-    store.best = job.best
     return store
 
 def _history(job, state, quiet, views, processes):
@@ -386,15 +394,16 @@ def _best(store, at):
 def _finish(job, store, record, model, history, at, say, processes):
     "Best weights, the curve, and the last words"
     processes.wait()  # until the first one has written all
-    if at.best_epoch: model.load_state_dict(_best(store, at)['model_state_dict'])
+    if at.best_epoch: job.take_best(model, _best(store, at))
     run = Run(job.folder, model.eval(), job.tokenizer, history, at.best_epoch, at.best_loss, at.stopped)
     if not processes.first: return run
     result = dict(step=at.step, best_step=at.best_step, best_epoch=at.best_epoch, best_loss=at.best_loss if at.best_epoch else None, seconds=round(at.seconds, 1))
     over = at.stopped in ('', 'early stopping')
     job.note(dict(record, status=at.stopped or 'complete', result=result, **(job.conclude(store, record, model, history, say) if over else {})))
+    job.tidy()
     try: save_curve(history, job.folder/'curve.png')
     except OSError as e: aside(f"{job.folder/'curve.png'} cannot be written ({e.strerror}); the run itself is whole")
-    history.add('done', seconds=at.seconds, stopped=at.stopped, path=str(store.folder/'best'/'checkpoint.pt') if at.best_epoch else None)
+    history.add('done', seconds=at.seconds, stopped=at.stopped, path=str(store.folder/store.best) if at.best_epoch else None)
     if over:
         say(f"Curves: {job.folder/'curve.png'}\n\nA sample of what it writes:\n  " + run.generate('', max_tokens=min(60, job.shape.max_seq_len-1), temperature=.7, top_p=.9, seed=job.loop.seed).strip().replace('\n', '\n  '))
     return run

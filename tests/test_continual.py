@@ -1,0 +1,349 @@
+"Stages: resumable like any run, their gate surviving a kill; each option of `continual_learn` changes what it says; a story of three domains"
+import inspect, json, math, os, shutil, signal, subprocess, sys, time
+import pytest
+import torch
+from continual_llm import train as training
+from continual_llm.checkpoint import Checkpoints, load_checkpoint
+from continual_llm.cli import main
+from continual_llm.compare import compare_runs
+from continual_llm.continual import METHODS, Learned, continual_learn, remember_domain
+from continual_llm.core import UserError, read_json
+from continual_llm.data import open_tokens
+from continual_llm.lineage import history, matrix
+from continual_llm.memory import domains
+from continual_llm.tokenizer import train_tokenizer
+from continual_llm.train import pretrain
+from tests.test_options import LINES, SHAPE, WORDS, shows, SHOWN, options
+
+CODE = [f'def {a}_{b}(x): return {c} + x\n\n' for a in WORDS for b in WORDS for c in WORDS[:3]]
+BASE = dict(batch_size=4, grad_accumulation=1, learning_rate=.01, warmup_steps=2, max_steps=30, precision='fp32', device='cpu', quiet=True)
+FILES = [f'{n}/checkpoint.pt' for n in ('best', 'candidate', 'epoch_1')]
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch): monkeypatch.setattr('continual_llm.train.save_curve', lambda history, path: None)
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "Two texts, and a model of the first"
+    home = tmp_path_factory.mktemp('continual')
+    (home/'text.txt').write_text(''.join(LINES))
+    (home/'code.txt').write_text(''.join(CODE))
+    (home/'few.txt').write_text(''.join(CODE[:40]))
+    (home/'shape.yaml').write_text('\n'.join(f'{k}: {v}' for k, v in SHAPE.items()))
+    (home/'records.jsonl').write_text('\n'.join(json.dumps(dict(text=line, body='the owl sat\n')) for line in CODE) + '\n')
+    train_tokenizer(home/'text.txt', vocab_size=300, save=home/'tok')
+    pretrain(str(home/'text.txt'), config=str(home/'shape.yaml'), tokenizer=str(home/'tok'), cache=str(home/'cache'), save_dir=str(home/'base'), **BASE)
+    return home
+
+
+@pytest.fixture
+def teach(home, tmp_path):
+    "A short stage with some options otherwise, each in a folder of its own"
+    made = []
+    def run(**changes):
+        made.append(tmp_path/f'stage{len(made)}')
+        asked = dict(model=str(home/'base'), data=str(home/'code.txt'), domain='code', method='naive', max_steps=6, max_forgetting=math.inf, precision='fp32', device='cpu', quiet=True,
+                     cache=str(home/'cache'), save_dir=str(made[-1]))
+        return continual_learn(**{**asked, **changes})
+    return run
+
+
+def rows(stage, kind): return [r for r in map(json.loads, (stage.folder/'metrics.jsonl').read_text().splitlines()) if r['kind'] == kind]
+
+
+def column(stage, kind, name): return [r[name] for r in rows(stage, kind)]
+
+
+def weights(stage, name='best/checkpoint.pt'): return load_checkpoint(stage.folder/name)['model_state_dict']
+
+
+def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- stopped, killed, resumed ----
+
+@pytest.mark.parametrize('method', ['replay', 'naive', 'replay+ewc', 'l2'])
+def test_left_and_resumed(teach, method):
+    "A stage that is left again and again ends in the same bits as one that never was, its verdict included"
+    asked = dict(method=method, max_steps=12, eval_every=5, save_every=2, max_forgetting=.5)
+    whole, left = teach(**asked), teach(**asked, max_time=1e-9)
+    assert left.stopped == 'max_time' and left.verdict is None and not left.refused
+    for minutes in (1e-9, 1e-3, 0.): left = teach(**asked, max_time=minutes, resume=True, save_dir=str(left.folder))
+    seen = compare_runs(whole.folder, left.folder)
+    assert seen.files > 3 and not seen.differences
+    assert left.verdict == whole.verdict and left.after == whole.after
+
+
+def test_killed_at_the_gate(teach, home, monkeypatch):
+    "Killed between the promotion and the record of it, or before both: the same verdict after a resume, never a model that was not examined"
+    for limit, broken in ((math.inf, 'write_json'), (0., 'write_json'), (math.inf, 'link')):
+        whole = teach(max_forgetting=limit)
+        class Killed(BaseException): pass
+        def kill(*a, **kw): raise Killed
+        real = training.write_json
+        def at_the_end(path, obj, what): return kill() if 'after' in obj.get('stage', {}) else real(path, obj, what)
+        def no_promotion(self, source, name, link=Checkpoints.link): return kill() if source.startswith('candidate') and name.startswith('best') else link(self, source, name)
+        with monkeypatch.context() as m:
+            if broken == 'link': m.setattr(Checkpoints, 'link', no_promotion)
+            else: m.setattr(training, 'write_json', at_the_end)
+            with pytest.raises(Killed): teach(max_forgetting=limit, save_dir=str(whole.folder)+'-killed')
+        folder = whole.folder.parent/(whole.folder.name + '-killed')
+        assert 'after' not in read_json(folder/'run.json', 'run')['stage']
+        again = teach(max_forgetting=limit, save_dir=str(folder), resume=True)
+        assert again.verdict == whole.verdict and again.after == whole.after and same(weights(again), weights(whole))
+        assert (folder/'candidate').exists() == again.refused
+        assert teach(max_forgetting=limit, save_dir=str(folder), resume=True).verdict == whole.verdict  # and once more, when all is done
+
+
+def test_really_killed(home, tmp_path):
+    "SIGKILL at three moments of the command; then the same command with --resume"
+    def argv(name): return [sys.executable, '-c', 'from continual_llm.cli import main; main()', 'continual-learn', '--model', str(home/'base'), '--data', str(home/'code.txt'), '--domain', 'code',
+                            '--max_steps', '60', '--save_every', '5', '--precision', 'fp32', '--cache', str(home/'cache'), '--save_dir', str(tmp_path/name), '--resume', '--quiet']
+    env = dict(os.environ, OMP_NUM_THREADS='1')
+    assert subprocess.run(argv('whole'), env=env).returncode in (0, 3)
+    for steps in (1, 20, 45):
+        with subprocess.Popen(argv('killed'), env=env) as p:
+            log, until = tmp_path/'killed'/'metrics.jsonl', time.monotonic() + 120
+            while p.poll() is None and time.monotonic() < until and not (log.exists() and log.read_bytes().count(b'"kind": "step"') >= steps): time.sleep(.002)
+            p.send_signal(signal.SIGKILL)
+    assert subprocess.run(argv('killed'), env=env).returncode in (0, 3)
+    assert not compare_runs(tmp_path/'whole', tmp_path/'killed').differences
+    assert Learned.load(tmp_path/'whole').verdict == Learned.load(tmp_path/'killed').verdict
+
+
+# ---- the gate ----
+
+def test_gate(teach, home, tmp_path, capsys):
+    "Refused: `best/` is the parent's file, the new model is the candidate, the command exits with 3"
+    def command(name, *more):
+        with pytest.raises(SystemExit) as stop:
+            main(['continual-learn', '--model', str(home/'base'), '--data', str(home/'code.txt'), '--domain', 'code', '--method', 'naive', '--max_steps', '6', '--precision', 'fp32',
+                  '--cache', str(home/'cache'), '--save_dir', str(tmp_path/name), *more])
+        return stop.value.code, capsys.readouterr().out
+    code, said = command('refused', '--max_forgetting', '0')
+    assert code == 3 and 'NOT promoted: base takes' in said and 'nearest that would pass' in said or 'No mixture' in said
+    refused = Learned.load(tmp_path/'refused')
+    assert refused.refused and refused.verdict.domain == 'base' and refused.verdict.change > 0
+    assert (tmp_path/'refused'/'best'/'checkpoint.pt').read_bytes() == (home/'base'/'best'/'checkpoint.pt').read_bytes()
+    assert not same(weights(refused, 'candidate/checkpoint.pt'), weights(refused))
+    code, said = command('passed', '--max_forgetting', 'inf')
+    assert code == 0 and 'Promoted' in said and not (tmp_path/'passed'/'candidate').exists()
+    assert same(weights(Learned.load(tmp_path/'passed')), weights(refused, 'candidate/checkpoint.pt'))
+
+
+@shows(continual_learn, 'retry', 'max_forgetting')
+def test_retry(teach, home):
+    "What passes is on the line from the parent to the candidate, as far along it as the limit allows; where that keeps too little, more old text is tried"
+    plain = teach(max_steps=20)
+    limit = plain.verdict.change/2
+    assert teach(max_steps=20, max_forgetting=limit).refused
+    found = teach(max_steps=20, max_forgetting=limit, retry=True)
+    assert not found.refused and limit/3 < found.verdict.change <= limit
+    assert found.after['code'].bits_per_byte < found.before['code'].bits_per_byte
+    if found.how.startswith('alpha'):
+        a, old, new = float(found.how.split()[1]), weights(teach(method='frozen')), weights(plain)
+        for k in old: torch.testing.assert_close(weights(found)[k], old[k] + a*(new[k] - old[k]), atol=1e-3, rtol=1e-3)
+    strict = teach(max_steps=20, max_forgetting=plain.verdict.change/50, retry=True)
+    assert strict.refused or strict.how
+    assert (strict.folder/'retry').exists()
+
+
+# ---- options ----
+
+@shows(continual_learn, 'model', 'data', 'domain', 'save_dir', 'tokenizer')
+def test_where(home, teach, tmp_path, monkeypatch):
+    stage = teach()
+    assert sorted(stage.after) == ['base', 'code'] and [d.name for d in domains(stage.folder/'memory')] == ['base', 'code']
+    assert set(teach(domain='python').after) == {'base', 'python'}
+    shutil.copytree(home/'base', tmp_path/'mine')
+    assert teach(model=str(tmp_path/'mine'), save_dir=None).folder == tmp_path/'mine-code'
+    assert teach(data=str(home/'few.txt')).before['code'].bytes < stage.before['code'].bytes
+    train_tokenizer(home/'code.txt', vocab_size=290, save=tmp_path/'other')
+    with pytest.raises(UserError, match='was trained with'): teach(tokenizer=str(tmp_path/'other'))
+    shutil.rmtree(tmp_path/'mine'/'tokenizer')
+    assert same(weights(teach(model=str(tmp_path/'mine'), tokenizer=str(home/'tok'))), weights(stage))
+
+
+@shows(continual_learn, 'method', 'strength', 'distill', 'rank')
+def test_methods(teach):
+    "Each changes what is learned; a stronger pull stays nearer"
+    def moved(**given): return sum(float((w - start[k]).square().sum()) for k, w in weights(teach(**given)).items())
+    start = weights(teach(method='frozen'))
+    naive = moved()
+    assert moved(method='frozen') == 0 < naive
+    for method in ('l2', 'ewc'):
+        weak, strong = moved(method=method, strength=.001), moved(method=method, strength=1000.)
+        assert strong < weak and strong < .9*naive, method
+    assert len({naive, moved(method='distill', distill=.2), moved(method='distill', distill=.9), moved(method='self'), moved(method='replay')}) == 5
+    assert moved(method='lora', rank=1) != moved(method='lora', rank=4)
+    stage = teach(method='lora', rank=2)
+    assert sorted(p.name for p in (stage.folder/'adapter').iterdir()) == ['adapter_config.json', 'adapter_model.safetensors']
+    assert set(weights(stage)) == set(start)  # plain weights, whatever the method
+
+
+
+def test_interpolate(teach):
+    "No worse on the mean over all domains than any end of the line"
+    def mean(stage): return sum(s.bits_per_byte for s in stage.after.values())
+    mixed, naive, frozen = teach(method='interpolate'), teach(), teach(method='frozen')
+    assert mean(mixed) <= min(mean(naive), mean(frozen)) + 1e-6 or mixed.how.startswith('alpha')
+    assert mean(mixed) <= mean(naive)
+
+
+@shows(continual_learn, 'replay')
+def test_replay(teach):
+    "The share of old blocks: more steps an epoch, fewer bits lost"
+    few, many = [teach(method='replay', replay=r, epochs=1, max_steps=0) for r in (.05, .5)]
+    assert len(rows(many, 'step')) > 1.8*len(rows(few, 'step'))
+    assert many.verdict.change < few.verdict.change
+
+
+@shows(continual_learn, 'val_data', 'val_split', 'field', 'cache')
+def test_texts(teach, home, tmp_path):
+    half, tenth = teach(val_split=.5), teach()
+    assert half.before['code'].bytes > 3*tenth.before['code'].bytes
+    given = teach(val_data=str(home/'few.txt'))
+    assert given.before['code'].bytes == (home/'few.txt').stat().st_size
+    text, body = [teach(data=str(home/'records.jsonl'), field=f) for f in ('text', 'body')]
+    assert text.before['code'].bits_per_byte > body.before['code'].bits_per_byte
+    teach(cache=str(tmp_path/'elsewhere'))
+    assert list((tmp_path/'elsewhere').glob('*.tokens'))
+
+
+@shows(continual_learn, 'epochs', 'batch_size', 'grad_accumulation', 'max_steps', 'eval_every', 'eval_tokens')
+def test_sizes(teach, home):
+    one, two = teach(max_steps=0, epochs=1), teach(max_steps=0, epochs=2)
+    assert len(rows(two, 'step')) == 2*len(rows(one, 'step')) and len(rows(two, 'eval')) == 2
+    assert len(rows(teach(max_steps=3), 'step')) == 3
+    tokens = {b: rows(teach(batch_size=b, grad_accumulation=a), 'step')[0]['tokens'] for b, a in ((2, 1), (4, 3))}
+    assert tokens == {2: 2*16, 4: 12*16}
+    assert rows(teach(), 'step')[0]['tokens'] == 4*16  # the parent's
+    assert len(rows(teach(eval_every=2), 'eval')) == 3
+    assert rows(teach(eval_tokens=50), 'eval')[0]['tokens'] == 50
+
+
+@shows(continual_learn, 'learning_rate', 'warmup_steps', 'schedule')
+def test_rates(teach):
+    "What is not given is the parent's, and the rise begins where the parent ended: at a tenth of its peak"
+    assert column(teach(warmup_steps=3), 'step', 'lr')[:4] == pytest.approx([.001 + .009*i/4 for i in (1, 2, 3)] + [.01])
+    assert column(teach(warmup_steps=0, learning_rate=.002), 'step', 'lr')[0] == .002
+    assert column(teach(warmup_steps=1, schedule='wsd', max_steps=10), 'step', 'lr')[1:8] == [.01]*7
+
+
+@shows(continual_learn, 'dropout', 'optimizer', 'weight_decay', 'max_grad_norm', 'seed', 'spike', 'precision', 'deterministic', 'compile')
+def test_how_a_step_is_made(teach, monkeypatch):
+    "Each goes where `pretrain` puts it, which has tests of its own for what it does there"
+    plain = weights(teach())
+    for given in (dict(dropout=.5), dict(optimizer='muon'), dict(weight_decay=5.), dict(max_grad_norm=1e-10), dict(seed=1), dict(precision='bf16')):
+        assert not same(plain, weights(teach(**given))), given
+    settings = read_json(teach(spike=3., deterministic=True).folder/'run.json', 'run')['settings']
+    assert (settings['spike'], settings['deterministic']) == (3., True)
+    compiled = []
+    monkeypatch.setattr(torch, 'compile', lambda f, **how: compiled.append(f) or f)
+    assert same(weights(teach(compile=True)), plain) and len(compiled) >= 2
+
+
+@shows(continual_learn, 'early_stopping_patience')
+def test_patience(teach):
+    "With a rate that ruins the model every evaluation after the first is worse"
+    assert len(rows(teach(learning_rate=5., max_steps=20, eval_every=2, early_stopping_patience=2, spike=0., weight_decay=0.), 'eval')) < 10
+    assert len(rows(teach(learning_rate=5., max_steps=20, eval_every=2, early_stopping_patience=0, spike=0., weight_decay=0.), 'eval')) == 10
+
+
+@shows(continual_learn, 'memory')
+def test_memory(teach):
+    kept, none = teach(memory=.5), teach(memory=0.)
+    assert domains(none.folder/'memory')[1].replay is None and len(domains(kept.folder/'memory')[1].replay) > 100
+    with pytest.raises(UserError, match='no text was kept'): teach(model=str(none.folder), domain='third', method='replay')
+    assert teach(model=str(none.folder), domain='third', method='self').after.keys() == {'base', 'code', 'third'}
+
+
+@shows(continual_learn, 'max_time', 'keep_epochs', 'save_every', 'resume', 'overwrite', 'quiet', 'device')
+def test_as_a_run(teach, capsys, monkeypatch):
+    assert teach(max_time=1e-9).stopped == 'max_time'
+    stage = teach(epochs=3, max_steps=0, keep_epochs=1, save_every=3)
+    assert sorted(p.name for p in stage.folder.glob('epoch_*')) == ['epoch_3']
+    with pytest.raises(UserError, match='already holds a run'): teach(save_dir=str(stage.folder))
+    assert teach(save_dir=str(stage.folder), epochs=3, max_steps=0, keep_epochs=1, resume=True).after == stage.after
+    assert teach(save_dir=str(stage.folder), overwrite=True, max_steps=2).folder == stage.folder and len(rows(stage, 'step')) == 2
+    capsys.readouterr()
+    teach()
+    assert not capsys.readouterr().out
+    teach(quiet=False)
+    assert 'What this did to every domain' in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(UserError, match='cuda'): teach(device='cuda')
+
+
+def test_every_option_is_shown():
+    "A new option needs a test above that shows what it does"
+    assert set(SHOWN[continual_learn]) == options(continual_learn)
+
+
+# ---- a story ----
+
+def test_three_domains(teach, home, tmp_path, capsys):
+    "Two stages after a base: memories add up, the matrix is that of the stages, any stage can be loaded, and the tree is told"
+    (tmp_path/'numbers.txt').write_text(''.join(f'{i} plus {i} is {2*i} .\n\n' for i in range(400)))
+    code = teach(method='replay')
+    both = teach(model=str(code.folder), data=str(tmp_path/'numbers.txt'), domain='numbers', method='replay')
+    assert [d.name for d in domains(both.folder/'memory')] == ['base', 'code', 'numbers']
+    names, R = matrix(both.folder)
+    assert names == ['base', 'code', 'numbers'] and [len(row) for row in R] == [2, 3, 3]
+    assert R[1][0] == code.after['base'].bits_per_byte and R[2] == [both.after[n].bits_per_byte for n in names]
+    with pytest.raises(SystemExit) as stop: main(['history', str(both.folder)])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and [w in said for w in ('code by replay', 'numbers by replay', '└──')] == [True]*3
+    assert read_json(both.folder/'run.json', 'run')['stage']['parent']['folder'] == os.path.relpath(code.folder, both.folder)
+
+
+def test_branch(teach, home, tmp_path):
+    "A stage can begin before the descent of its parent's rate"
+    base = pretrain(str(home/'text.txt'), config=str(home/'shape.yaml'), tokenizer=str(home/'tok'), cache=str(home/'cache'), save_dir=str(tmp_path/'wsd'), schedule='wsd', **BASE)
+    stage = teach(model=str(base.folder/'branch'/'checkpoint.pt'))
+    assert load_checkpoint(base.folder/'branch'/'checkpoint.pt')['step'] == 24
+    assert stage.before['base'].bits_per_byte > teach(model=str(base.folder)).before['base'].bits_per_byte
+
+
+# ---- bad input ----
+
+@pytest.mark.parametrize('bad, line', [
+    (dict(domain='base'), 'is known to'), (dict(domain=''), 'cannot name a domain'), (dict(domain='a/b'), 'cannot name a domain'), (dict(data='empty.txt'), 'empty'),
+    (dict(data='none.txt'), 'no file at'), (dict(method='rehearsal'), "there is no 'rehearsal'"), (dict(method='naive+replay'), 'goes with no other'), (dict(method='replay', replay=1.), 'replay=1.0'),
+    (dict(method='replay', replay=-.1), 'replay=-0.1'), (dict(method='replay', replay=math.nan), 'replay=nan'), (dict(replay=.1), 'does nothing'), (dict(strength=2.), 'does nothing'),
+    (dict(method='l2', strength=0.), 'strength=0'), (dict(method='lora', rank=0), 'rank=0'), (dict(method='distill', distill=2.), 'distill=2'), (dict(max_forgetting=-.1), 'max_forgetting=-0.1'),
+    (dict(max_forgetting=math.nan), 'max_forgetting=nan'), (dict(memory=2.), 'memory=2'), (dict(model='bare'), 'continual-llm remember --model'), (dict(model='nowhere'), 'no checkpoint at'),
+    (dict(val_data='code.txt', val_split=.1), 'both name validation text'), (dict(epochs=0), 'epochs=0'), (dict(retry=1), 'retry=1'), (dict(schedule='step'), 'step')])
+def test_bad_input(teach, home, tmp_path, bad, line):
+    "One line, and nothing is written"
+    (home/'empty.txt').write_text('')
+    if not (home/'bare').exists():
+        shutil.copytree(home/'base', home/'bare')
+        shutil.rmtree(home/'bare'/'memory')
+    before = sorted((p, p.stat().st_mtime_ns) for p in home.rglob('*') if 'cache' not in p.parts)
+    given = {k: str(home/v) if k in ('data', 'model', 'val_data') else v for k, v in bad.items()}
+    with pytest.raises(UserError, match=line): teach(**given, save_dir=str(tmp_path/'bad'))
+    assert not (tmp_path/'bad').exists()
+    assert sorted((p, p.stat().st_mtime_ns) for p in home.rglob('*') if 'cache' not in p.parts) == before
+
+
+def test_the_text_of_a_stage_changes(teach, home, tmp_path):
+    "A resumed stage refuses another text, another parent and another method"
+    shutil.copy(home/'code.txt', tmp_path/'mine.txt')
+    stage = teach(data=str(tmp_path/'mine.txt'), max_time=1e-9)
+    again = dict(save_dir=str(stage.folder), resume=True)
+    with pytest.raises(UserError, match='method was'): teach(data=str(tmp_path/'mine.txt'), method='replay', **again)
+    with open(tmp_path/'mine.txt', 'a') as f: f.write('one more\n')
+    with pytest.raises(UserError, match='training text is not the one'): teach(data=str(tmp_path/'mine.txt'), **again)
+
+
+def test_remember(home, tmp_path, capsys):
+    shutil.copytree(home/'base', tmp_path/'bare')
+    shutil.rmtree(tmp_path/'bare'/'memory')
+    with pytest.raises(SystemExit) as stop: main(['remember', '--model', str(tmp_path/'bare'), '--domain', 'base', '--data', str(home/'text.txt'), '--cache', str(home/'cache')])
+    assert stop.value.code == 0
+    mine, theirs = [domains(r/'memory')[0] for r in (tmp_path/'bare', home/'base')]
+    assert (mine.replay.checksum, mine.val.checksum) == (theirs.replay.checksum, theirs.val.checksum)
+    with pytest.raises(UserError, match='choose another name'): remember_domain(str(tmp_path/'bare'), str(home/'code.txt'), 'base', cache=str(home/'cache'))
