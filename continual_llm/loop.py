@@ -353,6 +353,7 @@ class Loop:
             self.at = Progress(**{**state['progress'], **course})
             odd = [f.name for f in fields(Progress) if not isinstance(getattr(self.at, f.name), (int, float) if f.type is float else f.type)]
             if odd: raise TypeError(f"its {odd[0]} is {shown(getattr(self.at, odd[0]))}")
+            if self.at.step: set_lr(self.opt, self.config.lr(self.at.step - 1))  # as the last step left it, should there be none before the next save
         except UserError: raise
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise UserError(f"the resume state is not of this run ({e}); begin anew with --overwrite") from None

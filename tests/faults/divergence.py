@@ -99,16 +99,16 @@ def best_of(run, progress):
     return ''
 
 
-def begin(server, home, name, fault, *more, loud=False):
+def begin(home, name, fault, loud=False):
     "The words of a run and what its process is told"
-    argv = [a for a in command(home, name, '--resume', *more) if a != '--quiet' or not loud]
+    argv = [a for a in command(home, name, '--resume') if a != '--quiet' or not loud]
     return argv, dict(fault=fault)
 
 
 def struck(server, home, name, fault, strikes):
     "A run with this fault that is stopped at these places (signal, phase, how often it began), each time resumed; how it ended"
     shutil.rmtree(home/name, ignore_errors=True)
-    argv, how = begin(server, home, name, fault)
+    argv, how = begin(home, name, fault)
     for number, phase, nth in strikes:
         server.start(argv, told=[phase], wait=True, **how)
         server.let(nth-1)
@@ -129,7 +129,7 @@ def one(server, home, kind, fault, strikes):
     "What is wrong with a run that meets a fault, left alone and disturbed at these places"
     whole, other = home/'whole-fault', home/'struck'
     shutil.rmtree(whole, ignore_errors=True)
-    argv, how = begin(server, home, whole.name, fault, loud=True)
+    argv, how = begin(home, whole.name, fault, loud=True)
     code, said = server.run(argv, **how), server.lines()
     if bad := story(whole, kind, fault, code, said): return f'undisturbed: {bad}'
     again, then = struck(server, home, other.name, fault, strikes)

@@ -2,7 +2,7 @@
 import os, signal
 import pytest
 from tests.faults import calls, damage, divergence, kills, others, signals
-from tests.faults.runs import make_home, table
+from tests.faults.runs import make_home, run_difference, table
 from tests.faults.server import Server
 
 SEED = int(os.environ.get('CONTINUAL_LLM_FAULT_SEED', 0))  # another seed tries other places
@@ -43,6 +43,14 @@ def test_divergence(server, home): check(divergence.divergence(server, home, 4*M
 def test_nothing_that_a_signal_saved_is_gone_back_to(server, home, where, first, last, strike):
     "Stopped where a state is due, but in the midst of trouble: before the third bad step, before an evaluation that fails, and with a weight that is no number"
     assert not divergence.one(server, home, 'in a row', dict(where=where, what='nan', first=first, last=last, times=1), [strike])
+
+
+def test_stopped_in_the_last_evaluation(server, home):
+    "After the last step there is none to set the learning rate that the last state holds"
+    whole = home/'whole-last'
+    assert server.run(divergence.begin(home, whole.name, None)[0]) == 0
+    assert divergence.struck(server, home, 'last', None, [(signal.SIGTERM, 'evaluating', 6)])[0] == 0
+    assert not run_difference(whole, home/'last')
 
 
 def test_failing_calls(server, home): check(calls.calls(server, home, 12*MANY, SEED), 12*MANY)
