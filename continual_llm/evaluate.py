@@ -9,8 +9,9 @@ __all__ = ['windows', 'token_nats', 'score_tokens', 'evaluate']
 import numpy as np
 import torch
 from .batches import eval_batches
-from .core import autocast, in_range, pick_precision
+from .core import UserError, autocast, in_range, pick_precision, shown, yes_or_no
 from .distributed import Processes
+from .dynamic import DECAY, RATE, dynamic_nats
 from .generate import evaluating, load_model
 from .metrics import Score
 
@@ -68,7 +69,8 @@ def score_tokens(
     tokens,                     # a `TokenFile`
     tokenizer,                  # that made it
     max_tokens:int=0,           # only the first of them; 0 means all
-    **settings,                 # of `token_nats`: context, stride, batch_size, precision, poll, processes
+    nats_of=token_nats,         # what measures: or `dynamic_nats`
+    **settings,                 # of `token_nats`: context, stride, batch_size, precision, poll, processes; or of `dynamic_nats`
 )->Score:
     "Score of a token file, or of its beginning"
     from continual_llm.source import count_words
@@ -77,7 +79,7 @@ def score_tokens(
         ids = tokens.ids[:max_tokens]
         raw = tokenizer.decode_bytes(ids.tolist())
         words, size = count_words(raw.decode('utf-8', 'replace')), len(raw)
-    nats = token_nats(model, ids, bos_id=tokenizer.bos_id, **settings)
+    nats = nats_of(model, ids, bos_id=tokenizer.bos_id, **settings)
     return Score(float(nats.sum()), len(nats), words, size)
 
 # %% ../nbs/11_evaluate.ipynb #3f99696c
@@ -87,8 +89,11 @@ def evaluate(
     tokenizer:str|None=None,    # its folder; left out, the run folder's own
     field:str='text',           # of a `.jsonl` record, the one that holds the text
     context:int=0,              # most tokens a prediction sees; 0 takes the model's `max_seq_len`
-    stride:int=0,               # tokens newly predicted per window; 0 means plain blocks
-    batch_size:int=8,           # windows at once
+    stride:int=0,               # tokens newly predicted per window; 0 means plain blocks, with `dynamic` stretches of 64
+    batch_size:int=8,           # windows at once; with `dynamic` always 1
+    dynamic:bool=False,         # let the model learn from each stretch of `stride` tokens once it has predicted it?
+    dynamic_rate:float=RATE,    # of these gradient steps; 0 keeps the weights still
+    dynamic_decay:float=DECAY,  # share of the way back to the trained weights after each step, in [0, 1]
     device:str='auto',          # `auto`, `cuda`, `mps` or `cpu`
     precision:str='auto',       # `auto`, `fp32` or `bf16`
     cache:str|None=None,        # where token files are kept; left out, the user's cache folder
@@ -97,8 +102,16 @@ def evaluate(
     from continual_llm.data import prepare
     from continual_llm.source import Source
     in_range('batch_size', batch_size, 1, whole=True)
+    how = _way(yes_or_no('dynamic', dynamic), dynamic_rate, dynamic_decay, batch_size)
     source = Source.of(data, field=field)
     net, tok, checkpoint = load_model(model, tokenizer, device)
     where = next(net.parameters()).device
     tokens = prepare(source, tok, cache)
-    return score_tokens(net, tokens, tok, context=context, stride=stride, batch_size=batch_size, precision=pick_precision(precision, where))
+    return score_tokens(net, tokens, tok, context=context, stride=stride, precision=pick_precision(precision, where), **how)
+
+def _way(dynamic, rate, decay, batch_size):
+    "The settings in which the two ways to measure differ"
+    if dynamic: return dict(nats_of=dynamic_nats, rate=rate, decay=decay)
+    for name, value, usual in (('dynamic_rate', rate, RATE), ('dynamic_decay', decay, DECAY)):
+        if value != usual: raise UserError(f"{name}={shown(value)} was given without `dynamic`, which would use it; give --dynamic too")
+    return dict(batch_size=batch_size)

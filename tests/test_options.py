@@ -417,6 +417,30 @@ def test_windows_at_once(score, n):
     assert max(seen) == n
 
 
+@shows(evaluate, 'dynamic', 'dynamic_rate', 'dynamic_decay', 'stride')
+def test_learning_while_it_reads(score, made, home):
+    "Against stretches of eight cut by hand, each learned from by plain steps once it is predicted; the checkpoint stays as it is"
+    ids = [made.tokenizer.bos_id] + made.tokenizer.encode((home/'few.txt').read_text())
+    def nats(rate, decay):
+        model, trained, total = made.model, [p.detach().clone() for p in made.model.parameters()], 0.
+        for at in range(1, len(ids), 8):
+            end = min(at+8, len(ids))
+            start = max(0, end-1-16)
+            logp = model(torch.tensor([ids[start:end-1]]))[0].log_softmax(-1)
+            cost = -logp[range(at-end, 0), ids[at:end]]
+            total += cost.double().sum().item()
+            grads = torch.autograd.grad(cost.mean(), list(model.parameters()))
+            with torch.no_grad():
+                for p, g, t in zip(model.parameters(), grads, trained): p.copy_((p - rate*g)*(1-decay) + decay*t)
+        with torch.no_grad():
+            for p, t in zip(model.parameters(), trained): p.copy_(t)
+        return total
+    got = {how: score(dynamic=True, dynamic_rate=how[0], dynamic_decay=how[1], stride=8).nats for how in ((.05, 0.), (.05, .5), (.02, 0.))}
+    for how, value in got.items(): assert value == pytest.approx(nats(*how), rel=1e-5)
+    assert len(set(got.values())) == 3 and score().nats == score(dynamic=False).nats
+    assert score(dynamic=True, dynamic_rate=0., stride=8).nats == pytest.approx(nats(0., 0.), rel=1e-5)
+
+
 @shows(evaluate, 'device', 'cache')
 def test_where_it_is_evaluated(score, tmp_path, monkeypatch):
     score(cache=tmp_path/'mine')
