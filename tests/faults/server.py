@@ -1,5 +1,5 @@
 "A process with torch imported that forks a child for each command, so that a kill costs little"
-import contextlib, json, os, signal, socket, subprocess, sys, time
+import contextlib, importlib, json, os, signal, socket, subprocess, sys, time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -117,8 +117,9 @@ def child(argv, log, trace=None, layer=None, told=(), wait=False, clock=False, l
 
 def serve():
     "Fork a child for each line, and tell how it ended"
-    import matplotlib.backends.backend_agg, torch
-    from continual_llm import cli, evaluate, generate, train  # all that a child needs
+    import torch
+    from continual_llm import cli, evaluate, generate, nest, train  # all that a child needs
+    for name in nest.EARLY: importlib.import_module(name)
     torch.set_num_threads(1)
     tell(ready=True)
     for line in sys.stdin:
