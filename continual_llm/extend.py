@@ -98,14 +98,16 @@ def next_merges(
     n:int,         # new pieces wanted
     known,         # pieces that are there already
     least:int=10,  # times that two must stand side by side
+    never=(),      # texts that must not become pieces
 )->list:           # pairs of pieces, in the order in which they are joined; at most n
     "Byte-pair encoding (Sennrich et al. 2016), continued"
     table, known, found = _Pairs(words), set(known), []
     while len(found) < n and (best := table.best()) and best[0] >= least:
-        pair = best[1]
-        if (text := ''.join(pair)) not in known: found.append(pair)
+        pair, text = best[1], ''.join(best[1])
+        if text in never: table.count[pair] = 0
+        else: table.join(pair)
+        if text not in known and text not in never: found.append(pair)
         known.add(text)
-        table.join(pair)
     return found
 
 # %% ../nbs/12e_extend.ipynb #27295983
@@ -267,6 +269,7 @@ def _new_pieces(tokenizer, texts, n, least):
     "Pairs (text, parts) of new pieces: frequent characters without a piece, then joins"
     table = model_pieces(tokenizer.model)
     known, alone = [{text for text, _, kind in table if kind in kinds} for kinds in ((NORMAL, DEFINED), (DEFINED,))]
+    never = {text for text, *_ in table} - known  # a text may write about `<s>`, which is no piece of text
     words, letters = text_words(tokenizer, texts, alone), Counter()
     for word, times in words.items(): letters.update({c: times*word.count(c) for c in set(word) if len(c) == 1 and c not in known})
     order = sorted(letters, key=lambda c: (-letters[c], c))
@@ -275,7 +278,7 @@ def _new_pieces(tokenizer, texts, n, least):
     apart = Counter()
     for word, times in words.items():
         for run in _runs(word, foreign): apart[run] += times
-    return [(c, ()) for c in new] + [(''.join(pair), pair) for pair in next_merges(apart, n - len(new), known | set(new), least)]
+    return [(c, ()) for c in new] + [(''.join(pair), pair) for pair in next_merges(apart, n - len(new), known | set(new), least, never)]
 
 def _used(tokenizer, pieces, texts):
     "The pieces that the text is cut into, and those that they are made from"
