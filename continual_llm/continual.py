@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable
+from .archive import DamagedFile
 from .batches import Batches
 from .checkpoint import Checkpoints, checkpoint_file, checkpoint_payload, load_checkpoint, run_id
 from .core import UserError, as_path, file_hash, in_range, nearest, pick_device, pick_precision, write_json, yes_or_no
@@ -93,6 +94,7 @@ class Recipe:
             if name not in METHODS: raise UserError(f"method={self.method!r}: there is no {name!r}{nearest(name, METHODS)}; the methods are {', '.join(METHODS)}")
             if name in ALONE and len(self.parts) > 1: raise UserError(f"method={self.method!r}: {name} goes with no other; leave it or the others out")
         if len(set(self.parts)) < len(self.parts): raise UserError(f"method={self.method!r} names one twice; name each once")
+        if 'lora' in self.parts and {'l2', 'ewc'} & {*self.parts}: raise UserError(f"method={self.method!r}: lora leaves the old weights as they are, so there is nothing to pull back; leave l2 and ewc out")
         for name, (users, default, most, ends) in OPTIONS.items(): self._settle(name, users, default, most, ends)
 
     @property
@@ -257,7 +259,8 @@ def _keep_adapter(stage, store):
     from continual_llm.lora import add_lora, save_adapter
     if (stage.folder/'adapter').exists(): return
     model = add_lora(stage.parent.model, stage.recipe.rank, 2.*stage.recipe.rank, name=stage.domain, seed=stage.loop.seed)
-    model.load_state_dict(store.load(stage.best)['adapter'], strict=False)
+    strange = model.load_state_dict(store.load(stage.best)['adapter'], strict=False).unexpected_keys
+    if strange: raise DamagedFile(f"{stage.folder/stage.best} holds additions without a place, such as {strange[0]}; begin anew with --overwrite")
     save_adapter(model, stage.folder/'adapter', stage.domain)
 
 # %% ../nbs/13_continual.ipynb #ae4242ad
@@ -454,6 +457,7 @@ def continual_learn(
                       precision=pick_precision(precision, where), device=str(where), seed=seed)
     optim = OptimConfig(_inherited(parent, 'optimizer', optimizer, 'adamw'), _inherited(parent, 'weight_decay', weight_decay, .1))
     shape = model_config(parent.checkpoint['config'], dropout=dropout)
+    if compile and 'distill' in recipe.parts: raise UserError("compile does nothing with the method distill, whose two models take turns; leave one of them out")
     if compile: check_compiler(where)
     with join_processes(where) as processes:
         folder = lead(processes, lambda: check_folder(stage_folder(model, domain) if save_dir is None else save_dir, resume, overwrite))

@@ -315,7 +315,7 @@ def test_branch(teach, home, tmp_path):
     (dict(method='replay', replay=-.1), 'replay=-0.1'), (dict(method='replay', replay=math.nan), 'replay=nan'), (dict(replay=.1), 'does nothing'), (dict(strength=2.), 'does nothing'),
     (dict(method='l2', strength=0.), 'strength=0'), (dict(method='lora', rank=0), 'rank=0'), (dict(method='distill', distill=2.), 'distill=2'), (dict(max_forgetting=-.1), 'max_forgetting=-0.1'),
     (dict(max_forgetting=math.nan), 'max_forgetting=nan'), (dict(memory=2.), 'memory=2'), (dict(model='bare'), 'continual-llm remember --model'), (dict(model='nowhere'), 'no checkpoint at'),
-    (dict(val_data='code.txt', val_split=.1), 'both name validation text'), (dict(epochs=0), 'epochs=0'), (dict(retry=1), 'retry=1'), (dict(schedule='step'), 'step')])
+    (dict(val_data='code.txt', val_split=.1), 'both name validation text'), (dict(epochs=0), 'epochs=0'), (dict(retry=1), 'retry=1'), (dict(method='lora+l2'), 'nothing to pull back'), (dict(method='distill', compile=True), 'compile does nothing'), (dict(schedule='step'), 'step')])
 def test_bad_input(teach, home, tmp_path, bad, line):
     "One line, and nothing is written"
     (home/'empty.txt').write_text('')

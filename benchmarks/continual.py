@@ -1,0 +1,192 @@
+"""Which method keeps the old domains best?  `python benchmarks/continual.py [--data FOLDER] [--seeds 0,1,2] [--rows naive,replay-5] [--work FOLDER] [--results FILE] [--table]`
+
+A base model learns text of one kind, then two others one after the other: with `--data`, a folder laid out as `wikitext-2/{train,valid}.txt` and `medical/{train,valid}.txt`, encyclopedia, medicine and the
+source code of Python's library; without it, the language reference, then the source code. Every row sees the same number of tokens in each stage; `joint` sees the same texts all at once, from fresh
+weights, with the sum of all budgets. Each row runs in a process of its own, which tells its time and its largest memory. Rows that stand in the results file are not run again, so the study may be
+interrupted and goes on where it was; `--table` prints what there is."""
+import argparse, contextlib, json, resource, statistics, subprocess, sys, time
+from pathlib import Path
+from unittest.mock import patch
+import torch
+from continual_llm import loop
+from continual_llm.batches import Batches
+from continual_llm.continual import continual_learn
+from continual_llm.data import prepare
+from continual_llm.evaluate import score_tokens
+from continual_llm.memory import domains
+from continual_llm.metrics import gap_closed
+from continual_llm.source import Source
+from continual_llm.tokenizer import Tokenizer, train_tokenizer
+from continual_llm.train import pretrain
+
+ROWS = {
+    'frozen': dict(method='frozen'), 'naive': dict(method='naive'),
+    'replay-1': dict(method='replay', replay=.01), 'replay-5': dict(method='replay', replay=.05), 'replay-25': dict(method='replay', replay=.25),
+    'l2-0.1': dict(method='l2', strength=.1), 'l2-1': dict(method='l2', strength=1.), 'ewc-30': dict(method='ewc', strength=30.), 'ewc-300': dict(method='ewc', strength=300.),
+    'distill': dict(method='distill'), 'self': dict(method='self', replay=.05), 'interpolate': dict(method='interpolate'), 'lora': dict(method='lora', rank=16),
+    'sam': dict(method='replay', replay=.05, schedule='wsd'), 'wsd': dict(method='replay', replay=.05, schedule='wsd'),
+    'replay-5+interpolate': dict(method='replay+interpolate', replay=.05), 'replay-25+interpolate': dict(method='replay+interpolate', replay=.25),
+    'replay-5+distill': dict(method='replay+distill', replay=.05, distill=.2), 'joint': {}}
+SAM = .05 # radius in which the worst neighbour is looked for (Foret et al. 2021)
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------------------------------------------
+
+def cut(source, path, n_bytes, skip=0):
+    "Whole texts of a source, from some place on, until there are so many bytes"
+    size = 0
+    with open(path, 'w', encoding='utf-8') as f:
+        for text, _ in Source.of(source).texts():
+            size += len(text.encode())
+            if skip < size <= skip + n_bytes: f.write(text)
+
+
+def make_texts(work, data, megabytes):
+    "Training and validation text of each domain, in the order of learning"
+    size, names = int(1e6*megabytes), ('encyclopedia', 'medicine', 'code') if data else ('reference', 'code')
+    for name in names:
+        train, valid = work/f'{name}.train.txt', work/f'{name}.valid.txt'
+        if valid.exists(): continue
+        folder = data and dict(encyclopedia='wikitext-2', medicine='medical').get(name)
+        if folder: [cut(data/folder/f'{side}.txt', path, n) for side, path, n in (('train', train, size), ('valid', valid, size//10))]
+        else: [cut('builtin:python' if name == 'code' else 'builtin:english', path, n, skip) for path, n, skip in ((train, size, 0), (valid, size//10, size))]
+    return names
+
+
+# --- one row ----------------------------------------------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def sharpness_aware():
+    "Each step of the rate's descent takes its gradient at the worst neighbour within a small ball (Foret et al. 2021)"
+    plain = loop.gradients
+    def at_the_worst(model, parts, config, step, *more):
+        nats, tokens = plain(model, parts, config, step, *more)
+        if config.branch is None or step < config.branch: return nats, tokens
+        with torch.no_grad():
+            norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+            moves = [(p, SAM*p.grad/(norm + 1e-12)) for p in model.parameters() if p.grad is not None]
+            for p, e in moves: p.add_(e)
+            model.zero_grad(set_to_none=True)
+        plain(model, parts, config, step, *more)
+        with torch.no_grad(): [p.sub_(e) for p, e in moves]
+        return nats, tokens
+    with patch.object(loop, 'gradients', at_the_worst): yield
+
+
+def course(args):
+    "What all runs share"
+    return dict(cache=str(args.work/'cache'), precision=args.precision, early_stopping_patience=0, keep_epochs=1, quiet=True)
+
+
+def base(args, seed):
+    "The model that all rows begin with"
+    names, folder = make_texts(args.work, args.data, args.megabytes), args.work/f'base-{seed}'
+    if not (args.work/'tok').exists(): train_tokenizer(str(args.work/f'{names[0]}.train.txt'), vocab_size=args.vocab, save=args.work/'tok')
+    pretrain(str(args.work/f'{names[0]}.train.txt'), args.config, str(args.work/f'{names[0]}.valid.txt'), tokenizer=str(args.work/'tok'), domain=names[0], epochs=args.epochs, batch_size=16,
+             grad_accumulation=1, learning_rate=args.rate, optimizer='muon', warmup_steps=50, seed=seed, save_dir=str(folder), resume=True, **course(args))
+    return names, folder
+
+
+def stages(args, name, seed):
+    "Scores of all domains after each stage of a row"
+    (first, *others), folder = base(args, seed)
+    rows, given = [], dict(ROWS[name])
+    with sharpness_aware() if name == 'sam' else contextlib.nullcontext():
+        for domain in others:
+            text = args.work/f'{domain}.train.txt'
+            steps = 0 if name == 'frozen' else budget(args, folder, text)
+            stage = continual_learn(str(folder), str(text), domain, val_data=str(args.work/f'{domain}.valid.txt'), epochs=2*args.epochs, max_steps=steps, seed=seed, max_forgetting=float('inf'),
+                                    save_dir=str(args.work/f'{name}-{seed}-{domain}'), resume=True, **{'learning_rate': args.rate, **given}, **course(args))
+            folder = stage.folder
+            rows.append({k: s.bits_per_byte for k, s in stage.after.items()})
+    return rows
+
+
+def budget(args, folder, text):
+    "Steps of the epochs that naive training takes, which no row exceeds"
+    tok, shape = Tokenizer.load(args.work/'tok'), json.loads((folder/'run.json').read_text())['settings']
+    return args.epochs*Batches(prepare(str(text), tok, args.work/'cache', False).ids, shape['max_seq_len'], 16).steps_per_epoch
+
+
+def joint(args, seed):
+    "All texts at once, from fresh weights"
+    names, folder = base(args, seed)
+    together = args.work/'joint.txt'
+    if not together.exists(): together.write_text(''.join((args.work/f'{n}.train.txt').read_text() for n in names))
+    run = pretrain(str(together), args.config, str(args.work/f'{names[0]}.valid.txt'), tokenizer=str(args.work/'tok'), epochs=args.epochs, batch_size=16, grad_accumulation=1, learning_rate=args.rate,
+                   optimizer='muon', warmup_steps=50, seed=seed, save_dir=str(args.work/f'joint-{seed}'), resume=True, **course(args))
+    stages(args, 'frozen', seed)  # whose memory has every domain's validation tokens
+    known = domains(args.work/f'frozen-{seed}-{names[-1]}'/'memory')
+    final = {d.name: score_tokens(run.model, d.val, run.tokenizer, precision=args.precision).bits_per_byte for d in known}
+    return [final]*(len(names)-1)
+
+
+def one(args, name, seed):
+    "Run a row here and tell"
+    begun = time.perf_counter()
+    base(args, seed)
+    begun, busy = time.perf_counter(), time.process_time()
+    rows = joint(args, seed) if name == 'joint' else stages(args, name, seed)
+    print(json.dumps(dict(row=name, seed=seed, rows=rows, seconds=round(time.perf_counter()-begun, 1), cpu=round(time.process_time()-busy, 1),
+                          megabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024)))
+
+
+# --- the table --------------------------------------------------------------------------------------------------------------------------------------------
+
+def means(results, name):
+    "Mean over seeds of a row's figures"
+    mine = [r for r in results if r['row'] == name]
+    final = {d: statistics.mean(r['rows'][-1][d] for r in mine) for d in mine[0]['rows'][-1]}
+    return dict(final=final, first=[statistics.mean(r['rows'][i][list(final)[0]] for r in mine) for i in range(len(mine[0]['rows']))],
+                average=statistics.mean(final.values()), spread=statistics.pstdev([statistics.mean(r['rows'][-1].values()) for r in mine]),
+                cpu=statistics.mean(r['cpu'] for r in mine), megabytes=max(r['megabytes'] for r in mine), seeds=len(mine))
+
+
+def table(results):
+    "Rows as Markdown: bits per byte after the last stage, forgetting of the base, gap closed, cost"
+    names = [n for n in ROWS if any(r['row'] == n for r in results)]
+    seen = {n: means(results, n) for n in names}
+    frozen, naive, together = [seen.get(n) for n in ('frozen', 'naive', 'joint')]
+    kinds = list(next(iter(seen.values()))['final'])
+    lines = ['| row | ' + ' | '.join(kinds) + ' | average | base forgotten | gap closed | time | memory | seeds |', '|---'*(len(kinds)+7) + '|']
+    for n, s in seen.items():
+        lost = f"{s['final'][kinds[0]]/frozen['final'][kinds[0]] - 1:+.1%}" if frozen else ''
+        gap = gap_closed(naive['average'], s['average'], together['average']) if naive and together else None
+        cost = [f"{s[k]/naive[k]:.2f}" if naive else '' for k in ('cpu', 'megabytes')]
+        lines.append(f"| {n} | " + ' | '.join(f'{s["final"][k]:.4f}' for k in kinds) + f" | {s['average']:.4f} ± {s['spread']:.4f} | {lost} | {'' if gap is None else f'{gap:.0%}'} | {cost[0]} | {cost[1]} | {s['seeds']} |")
+    return '\n'.join(lines)
+
+
+def read(path): return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main():
+    "Run what is missing, each row in a process of its own; print the table"
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--data', type=Path, help='folder with `wikitext-2` and `medical` (default: text that Python carries)')
+    p.add_argument('--work', type=Path, default=Path('checkpoints/study'), help='where runs are kept')
+    p.add_argument('--results', type=Path, help='one line of JSON per row and seed (default: in the work folder)')
+    p.add_argument('--config', default='tiny', help='shape of the model')
+    p.add_argument('--megabytes', type=float, default=3, help='training text of each domain')
+    p.add_argument('--vocab', type=int, default=4000, help='pieces of the tokenizer, trained on the first domain')
+    p.add_argument('--epochs', type=int, default=2, help='passes over each text')
+    p.add_argument('--rate', type=float, default=3e-3, help='peak learning rate')
+    p.add_argument('--precision', default='auto')
+    p.add_argument('--seeds', default='0')
+    p.add_argument('--rows', default=','.join(ROWS))
+    p.add_argument('--one', help=argparse.SUPPRESS)
+    p.add_argument('--table', action='store_true', help='print the table of what there is, and run nothing')
+    args = p.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.results = args.results or args.work/'results.jsonl'
+    if args.one: return one(args, args.one.rsplit(':', 1)[0], int(args.one.rsplit(':', 1)[1]))
+    for seed in map(int, args.seeds.split(',')):
+        for name in args.rows.split(','):
+            if args.table or any((r['row'], r['seed']) == (name, seed) for r in read(args.results)): continue
+            said = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--one', f'{name}:{seed}'], stdout=subprocess.PIPE, text=True, check=True).stdout
+            with open(args.results, 'a') as f: f.write(said.splitlines()[-1] + '\n')
+            print(said.splitlines()[-1], flush=True)
+    print(table(read(args.results)))
+
+
+if __name__ == '__main__': main()
