@@ -106,6 +106,7 @@ def remember(
     share:float=.05,          # of the training tokens to keep; 0 keeps none
     max_bytes:int=50_000_000, # to keep at most
     seed:int=0,               # other seeds, other documents
+    older:tuple=(),           # hashes of tokenizers that this text's one grew from: their ids mean the same
 )->Domain:
     "Keep a sample of a domain's training tokens, and its validation tokens"
     domain_name(name)
@@ -114,7 +115,7 @@ def remember(
     old = next((d for d in known if d.name == name), None)
     if old and (old.source_hash, old.tokenizer_hash) == (train.source_hash, train.tokenizer_hash): return old
     if old: raise UserError(f"a domain {name!r} made from other text is already remembered in {folder}; choose another name")
-    if known and known[0].tokenizer_hash != train.tokenizer_hash: raise UserError(
+    if known and known[0].tokenizer_hash not in (train.tokenizer_hash, *older): raise UserError(
         f"the domains in {folder} have tokenizer {known[0].tokenizer_hash[:12]}, {name!r} has {train.tokenizer_hash[:12]}; use theirs")
     budget = max(1, min(int(share*len(train)), max_bytes // train.ids.itemsize))
     about = dict(name=name, number=len(known), source_hash=train.source_hash, tokenizer_hash=train.tokenizer_hash,

@@ -260,6 +260,25 @@ def test_memory(teach):
     assert teach(model=str(none.folder), domain='third', method='self').after.keys() == {'base', 'code', 'third'}
 
 
+@shows(continual_learn, 'extend')
+def test_extend(teach, home):
+    "New pieces behind the old ones; old domains are held against the model as it was; a refused stage and a resumed one still fit their tokenizer"
+    plain, grown = teach(), teach(extend=20)
+    assert len(plain.tokenizer) == 300 < len(grown.tokenizer) <= 320
+    assert grown.before['base'] == plain.before['base'] and grown.after['code'].tokens < plain.after['code'].tokens
+    assert grown.before['code'].bytes == plain.before['code'].bytes
+    refused = teach(extend=20, max_forgetting=0.)
+    assert refused.refused and len(refused.tokenizer) == len(grown.tokenizer) == refused.model.config.vocab_size
+    old, new = weights(teach(method='frozen')), weights(refused)
+    assert torch.equal(new['embed.weight'][:300], old['embed.weight'])
+    left = teach(extend=20, max_time=1e-9)
+    again = teach(extend=20, save_dir=str(left.folder), resume=True)
+    assert again.after == grown.after and same(weights(again), weights(grown))
+    third = teach(model=str(grown.folder), domain='third', data=str(home/'few.txt'), extend=5, method='replay')
+    assert sorted(third.after) == ['base', 'code', 'third'] and len(third.tokenizer) >= len(grown.tokenizer)
+    with pytest.raises(UserError, match='never be learned'): teach(extend=20, method='lora')
+
+
 @shows(continual_learn, 'max_time', 'keep_epochs', 'save_every', 'resume', 'overwrite', 'quiet', 'device')
 def test_as_a_run(teach, capsys, monkeypatch):
     assert teach(max_time=1e-9).stopped == 'max_time'
