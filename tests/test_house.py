@@ -2,6 +2,7 @@
 import ast, json, os, re, shutil, subprocess, sys, zipfile
 from importlib import metadata
 from pathlib import Path
+import nbformat
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +59,10 @@ def test_notebooks_are_clean(tmp_path):
     for page in sorted((ROOT/'nbs').rglob('*.ipynb')):
         if '.ipynb_checkpoints' in page.parts: continue
         assert page.read_bytes() == (tmp_path/'nbs'/page.relative_to(ROOT/'nbs')).read_bytes(), f'{page.name} is not clean: run nbdev_clean'
+
+
+@pytest.mark.parametrize('page', sorted((ROOT/'nbs').rglob('*.ipynb')), ids=lambda p: p.stem)
+def test_pages_are_notebooks(page): nbformat.validate(nbformat.read(page, as_version=4))
 
 
 @pytest.mark.parametrize('page', sorted((ROOT/'nbs').rglob('*.ipynb')), ids=lambda p: p.stem)
