@@ -17,7 +17,7 @@ from .archive import DamagedFile
 from .batches import Batches
 from .checkpoint import Checkpoints, checkpoint_file, checkpoint_payload, load_checkpoint, run_id
 from .core import UserError, as_path, file_hash, in_range, nearest, pick_device, pick_precision, write_json, yes_or_no
-from .data import cache_errors, cache_folder, reuse_tokens, write_tokens
+from .data import cache_errors, cache_folder, prepare, reuse_tokens, write_tokens
 from .distributed import in_turn, join_processes, lead
 from .evaluate import score_tokens
 from .extend import came_from, examine_domain, extend_embeddings, extend_tokenizer, extension_costs
@@ -89,8 +89,9 @@ METHODS = dict(
     distill='learn what the old model would say of the new text (12b_distill)',
     interpolate='afterwards, average old and new weights in the best proportion (12c_merge)',
     lora='train small additions to frozen weights (12d_lora)',
-    frozen='learn nothing: what the old model makes of the new text')
-ALONE = ('naive', 'frozen')
+    frozen='learn nothing: what the old model makes of the new text, a lower bound',
+    joint='from fresh weights on all texts at once, with the steps of all stages together: an upper bound, for which the old texts are needed')
+ALONE = ('naive', 'frozen', 'joint')
 OPTIONS = dict(replay=(('replay', 'self'), .05, 1, '[)'), strength=(('l2', 'ewc'), 1., math.inf, '()'),
                distill=(('distill',), .5, 1, '(]'), rank=(('lora',), 8, 1024, '[]'))  # option -> methods that use it, default, largest, ends
 
@@ -168,7 +169,9 @@ class Stage(Job):
         if self.parent.origin: before |= self.scores(ContinualLLM.from_checkpoint(self.parent.origin), self.parent.domains)  # held against what they were, not what the new pieces made of them
         parent = dict(folder=os.path.relpath(self.parent.folder, self.folder), checkpoint=self.parent.path.relative_to(self.parent.folder).as_posix(), hash=self.parent.hash)
         accepts = [run_id(self.settings), *[self.parent.checkpoint['run']]*('run' in self.parent.checkpoint)]  # whose checkpoints may stand here
-        return dict(accepts=accepts, stage=dict(domain=self.domain, number=len(self.parent.domains), parent=parent, method=self.recipe.method, data=self.train.source,
+        past, own = blocks_so_far(self.parent.record), self.loop.total*self.batches.global_batch
+        blocks = dict(frozen=past, joint=own).get(self.recipe.method, past + own)  # joint training has the steps of those before among its own
+        return dict(accepts=accepts, stage=dict(blocks=blocks, domain=self.domain, number=len(self.parent.domains), parent=parent, method=self.recipe.method, data=self.train.source,
                                data_hash=self.train.source_hash, before=_plain(before)))
 
     def prepare(self)->None:
@@ -184,6 +187,7 @@ class Stage(Job):
 
     def make_model(self)->ContinualLLM:
         "The parent's weights in this stage's shape"
+        if 'joint' in self.recipe.parts: return super().make_model()
         model = ContinualLLM(self.shape)
         model.load_state_dict(self.parent.checkpoint['model_state_dict'])
         if 'lora' in self.recipe.parts:
@@ -216,6 +220,10 @@ class Stage(Job):
         if self.best == Checkpoints.best: shutil.rmtree(self.folder/'candidate', ignore_errors=True)
 
 # %% ../nbs/13_continual.ipynb #f4da8db3
+def blocks_so_far(record):
+    "Blocks that a run and its ancestors were trained on, old ones among them"
+    return record.get('stage', {}).get('blocks') or record.get('result', {}).get('step', 0)*record['settings'].get('blocks_per_step', 0)
+
 def _plain(scores): return {name: asdict(s) for name, s in scores.items()}
 
 def _kept(verdict): return dict(passed=verdict.passed, worst=verdict.domain, change=verdict.change, limit=verdict.limit)
@@ -430,6 +438,7 @@ def continual_learn(
     strength:float|None=None,         # of the pull of `l2` and `ewc` (default: 1)
     distill:float|None=None,          # share of the target that is the old model's opinion (default with `distill`: 0.5)
     rank:int|None=None,               # of the additions of `lora` (default: 8)
+    old_data:str|None=None,           # training text of all old domains, which the method `joint` needs: a file, folder or glob
     extend:int=0,                     # pieces to add to the tokenizer for the new text, at most; 0 adds none
     max_forgetting:float=.02,         # largest rise of an old domain's bits per byte, 0.02 being 2 %; `inf` refuses nothing
     retry:bool=False,                 # where that is exceeded, look for a setting that is not
@@ -468,6 +477,8 @@ def continual_learn(
     for name, value in dict(compile=compile, deterministic=deterministic, resume=resume, overwrite=overwrite, quiet=quiet, retry=retry).items(): yes_or_no(name, value)
     for name, value in dict(eval_tokens=eval_tokens, seed=seed).items(): in_range(name, value, 0, whole=True)
     if in_range('extend', extend, 0, 100_000, whole=True) and 'lora' in recipe.parts: raise UserError(f"extend={extend}: lora leaves the old weights as they are, so new pieces would never be learned; leave one of them out")
+    if (old_data is not None) != ('joint' in recipe.parts):
+        raise UserError(f"old_data={old_data} and method={method!r} do not go together: the method joint needs the training text of all old domains, and no other does")
     limit = None if max_forgetting in (None, math.inf) else in_range('max_forgetting', max_forgetting, 0, hint='give a share, such as 0.02 for 2 %, or inf to refuse nothing')
     domain, memory, share = domain_name(domain), in_range('memory', memory, 0, 1), validation_share(val_data, val_split)
     parent = Parent.load(model, tokenizer)
@@ -502,10 +513,12 @@ def continual_learn(
         shape = replace(shape, vocab_size=len(parent.tokenizer))
         if not resume: lead(processes, lambda: check_room(folder, count_params(shape), min(epochs, keep_epochs or epochs)))
         def make(recipe, folder):
-            with in_turn(processes): old = _old_texts(parent, recipe, len(train), seed, cache, where)
-            batches = MixedBatches(train.ids, old, recipe.replay or 0., shape.max_seq_len, batch_size, global_batch//batch_size, seed, parent.tokenizer.bos_id, processes.rank, processes.world,
+            with in_turn(processes): old = _old_texts(parent, recipe, len(train), seed, cache, where) if old_data is None else [prepare(Source.of(old_data, field), parent.tokenizer, cache).ids]
+            part = recipe.replay or 0. if old_data is None else len(old[0])/(len(old[0]) + len(train))
+            batches = MixedBatches(train.ids, old, part, shape.max_seq_len, batch_size, global_batch//batch_size, seed, parent.tokenizer.bos_id, processes.rank, processes.world,
                                    halves=deterministic)
             course = replace(loop, steps_per_epoch=batches.steps_per_epoch)
+            if old_data is not None: course = _all_budgets(parent, course, batches)
             warmup, note = fit_warmup(course.total//10 if warmup_steps is None else warmup_steps, course.total)
             if note: say(note)
             ended = parent.record['settings'].get('floor', 0.)*parent.record['settings'].get('learning_rate', 0.)
@@ -516,6 +529,12 @@ def continual_learn(
         else: carry_out(stage, resume, overwrite, quiet, processes=processes)
         processes.wait()
         return Learned.load(folder, device)
+
+def _all_budgets(parent, loop, batches):
+    "The course of joint training: the steps of all stages before, and those that this one would have had alone"
+    alone = min(loop.epochs*-(-batches.blocks.new.per_epoch//batches.global_batch), loop.max_steps or math.inf)
+    steps = -(-blocks_so_far(parent.record)//batches.global_batch) + alone
+    return replace(loop, epochs=-(-steps//batches.steps_per_epoch), max_steps=steps)
 
 EXAMINED = 50_000 # tokens of each text that the tokenizer is examined on
 

@@ -184,6 +184,18 @@ def test_methods(teach):
 
 
 
+@shows(continual_learn, 'old_data')
+def test_joint(teach, home):
+    "Fresh weights, all texts, the steps of all stages: 30 of the base and 6 of this one"
+    stage = teach(method='joint', old_data=str(home/'text.txt'))
+    assert len(rows(stage, 'step')) == 36 and rows(stage, 'step')[0]['loss'] > .9*math.log(300)
+    assert stage.after['code'].bits_per_byte < stage.before['code'].bits_per_byte
+    naive = teach(max_steps=36)
+    assert stage.after['base'].bits_per_byte < naive.after['base'].bits_per_byte
+    with pytest.raises(UserError, match='do not go together'): teach(method='joint')
+    with pytest.raises(UserError, match='do not go together'): teach(method='naive', old_data=str(home/'text.txt'))
+
+
 def test_interpolate(teach):
     "No worse on the mean over all domains than any end of the line"
     def mean(stage): return sum(s.bits_per_byte for s in stage.after.values())
