@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'ALONE', 'OPTIONS', 'WATCHED', 'KEEP', 'MOST_REPLAY', 'EXAMINED', 'Parent', 'Recipe', 'StageScore', 'Stage',
-           'Outcome', 'decide', 'stage_folder', 'check_new', 'continual_learn', 'leave_frozen', 'Learned',
+           'Outcome', 'Left', 'decide', 'stage_folder', 'check_new', 'continual_learn', 'leave_frozen', 'Learned',
            'remember_domain']
 
 # %% ../nbs/13_continual.ipynb #6d557d50
@@ -18,7 +18,7 @@ from .batches import Batches
 from .checkpoint import Checkpoints, checkpoint_file, checkpoint_payload, load_checkpoint, run_id
 from .core import UserError, as_path, file_hash, in_range, nearest, pick_device, pick_precision, write_json, yes_or_no
 from .data import cache_errors, cache_folder, prepare, reuse_tokens, write_tokens
-from .distributed import in_turn, join_processes, lead
+from .distributed import Processes, in_turn, join_processes, lead
 from .evaluate import score_tokens
 from .extend import came_from, examine_domain, extend_embeddings, extend_tokenizer, extension_costs
 from .gate import Verdict, domain_lines, judge_domains
@@ -155,15 +155,30 @@ class Stage(Job):
 
     @property
     def settings(self)->dict:
-        "All that the numbers and the verdict depend on"
-        return {**super().settings, **asdict(self.recipe), 'parent': self.parent.hash, 'max_forgetting': self.max_forgetting, 'retry': self.retry}
+        "All that the numbers depend on; what the gate allows is none of it, so a refused stage can be judged again"
+        return {**super().settings, **asdict(self.recipe), 'parent': self.parent.hash}
 
-    def beginning(self)->dict:
-        "Memory, the parent's model as the best so far, and how it does"
-        inherit(self.parent.folder/'memory', self.folder/'memory')
-        remember(self.train, self.val, self.folder/'memory', self.domain, self.memory, seed=self.loop.seed, older=tuple(d.tokenizer_hash for d in self.parent.domains))
+    def begin(self, overwrite:bool)->dict:
+        "A run folder that offers the parent's model from the moment that it is known as a run"
+        record = super().begin(overwrite)
+        self.offer_parent()
+        return record
+
+    def go_on(self)->dict:
+        "What stands in `run.json`; a beginning that was cut short there is ended"
+        record = super().go_on()
+        if not record['stage'].get('passed') and not (self.folder/Checkpoints.best).exists(): self.offer_parent()
+        return record
+
+    def offer_parent(self)->None:
+        "The parent's model as the best so far"
         if self.parent.origin: Checkpoints(self.folder).publish(Checkpoints.best, self.parent.checkpoint)
         else: Checkpoints(self.folder).link(str(self.parent.path), Checkpoints.best)
+
+    def beginning(self)->dict:
+        "Memory, and how the parent's model does"
+        inherit(self.parent.folder/'memory', self.folder/'memory')
+        remember(self.train, self.val, self.folder/'memory', self.domain, self.memory, seed=self.loop.seed, older=tuple(d.tokenizer_hash for d in self.parent.domains))
         self.prepare()
         before = self.scores(self.parent.model)
         if self.parent.origin: before |= self.scores(ContinualLLM.from_checkpoint(self.parent.origin), self.parent.domains)  # held against what they were, not what the new pieces made of them
@@ -208,10 +223,12 @@ class Stage(Job):
         super().take_best(model, checkpoint)
 
     def conclude(self, store, record:dict, model, history, say)->dict:
-        "Measure every domain, then open the gate or leave it shut"
+        "Measure every domain, then open the gate or leave it shut; what was refused is judged again where more is allowed or tried now"
         stage = record['stage']
-        if 'after' not in stage: stage = decide(self, store, stage, model, say)
-        if 'lora' in self.recipe.parts: _keep_adapter(self, store)
+        if not stage.get('passed') and (self.retry or stage.get('limit', ...) != self.max_forgetting):
+            try: stage = decide(self, store, stage, model, say)
+            except Left as e: return dict(status=str(e))
+            if 'lora' in self.recipe.parts: _keep_adapter(self, store)
         if stage['passed']: store.best = Checkpoints.best
         return dict(stage=stage)
 
@@ -285,9 +302,9 @@ def _remember_fisher(stage):
 def _keep_adapter(stage, store):
     "The additions by themselves, in the files that PEFT reads, in `adapter/`"
     from continual_llm.lora import add_lora, save_adapter
-    if (stage.folder/'adapter').exists(): return
-    model = add_lora(stage.parent.model, stage.recipe.rank, 2.*stage.recipe.rank, name=stage.domain, seed=stage.loop.seed)
-    strange = model.load_state_dict(store.load(stage.best)['adapter'], strict=False).unexpected_keys
+    model, kept = add_lora(stage.parent.model, stage.recipe.rank, 2.*stage.recipe.rank, name=stage.domain, seed=stage.loop.seed), store.load(stage.best)
+    pairs = {n: t*kept.get('alpha', 1.) if n.endswith('.B') else t for n, t in kept['adapter'].items()}  # mixed with the parent, they add so much less
+    strange = model.load_state_dict(pairs, strict=False).unexpected_keys
     if strange: raise DamagedFile(f"{stage.folder/stage.best} holds additions without a place, such as {strange[0]}; begin anew with --overwrite")
     save_adapter(model, stage.folder/'adapter', stage.domain)
 
@@ -302,6 +319,10 @@ class Outcome:
     verdict:Verdict
     how:str           # what was done to get there, empty for the plain candidate
     alpha:float=1.    # share of the new weights in them
+    adapter:dict|None=None # the additions of `lora`, where another run made them
+
+class Left(Exception):
+    "A trial of `retry` was stopped before its end"
 
 def decide(
     stage:Stage, store,
@@ -314,22 +335,27 @@ def decide(
     candidate = store.load(stage.best)
     end = _chosen(stage, model, before, candidate)
     say(f"\nWhat this did to every domain:\n{domain_lines(before, end.after)}\n")
-    if not end.verdict.passed and not candidate.get('how'):
+    if not end.verdict.passed:
         near = _gentler(stage, model, before, end)
         if stage.retry: end = _retry(stage, model, before, end, near, say)
         if not end.verdict.passed: say(_hint(stage, before, end, near))
     model.load_state_dict(end.weights)
-    if end.how and end.how != candidate.get('how'): store.publish(stage.best, dict(candidate, model_state_dict=end.weights, how=end.how, alpha=end.alpha))
+    if end.how != candidate.get('how', ''): store.publish(stage.best, _as_chosen(stage, candidate, end))
     say(f"{'Promoted' if end.verdict.passed else 'NOT promoted'}: {end.verdict}")
     if end.verdict.passed: store.link(stage.best, Checkpoints.best)
-    return dict(about, after=_plain(end.after), how=end.how or candidate.get('how', ''), **_kept(end.verdict))
+    return dict(about, after=_plain(end.after), how=end.how, **_kept(end.verdict))
 
 # %% ../nbs/13_continual.ipynb #73fc7b47
-def _judged(stage, model, weights, before, how='', alpha=1.):
+def _as_chosen(stage, candidate, end):
+    "The candidate's checkpoint with the weights that were chosen instead"
+    score, adapter = end.after[stage.domain], candidate.get('adapter') if end.adapter is None else end.adapter
+    return dict(candidate, model_state_dict=end.weights, how=end.how, alpha=end.alpha, val_loss=score.loss, val_perplexity=score.perplexity, **({} if adapter is None else dict(adapter=adapter)))
+
+def _judged(stage, model, weights, before, how='', alpha=1., adapter=None):
     "What some weights do to every domain"
     model.load_state_dict(weights)
     after, old = stage.scores(model), [d.name for d in stage.parent.domains if d.name in before]
-    return Outcome(weights, after, judge_domains({name: before[name] for name in old}, after, stage.max_forgetting), how, alpha)
+    return Outcome(weights, after, judge_domains({name: before[name] for name in old}, after, stage.max_forgetting), how, alpha, adapter)
 
 def _chosen(stage, model, before, candidate):
     "The candidate, or with the method interpolate the best mixture of it and the parent"
@@ -366,12 +392,20 @@ def _retry(stage, model, before, end, near, say):
     if near and _gain(stage, before, near) >= wanted: return near
     for share in _stronger(stage.recipe.replay):
         if any(d.replay is None for d in stage.parent.domains): break
-        other = stage.again(replace(stage.recipe, method='+'.join(dict.fromkeys((*[m for m in stage.recipe.parts if m != 'naive'], 'replay'))), replay=share), stage.folder/'retry'/f"replay_{share:g}")
         say(f"Trying again with replay={share:g} ...")
-        run = carry_out(other, resume=(other.folder/'run.json').exists(), quiet=True)
-        again = _judged(stage, model, run.model.state_dict(), before, f'replay {share:g}')
+        again = _trial(stage, model, before, share)
         if again.verdict.passed: return again
     return near or end
+
+def _trial(stage, model, before, share):
+    "The stage once more with so much old text, in a folder of its own"
+    parts = dict.fromkeys((*[m for m in stage.recipe.parts if m != 'naive'], 'replay'))
+    other = stage.again(replace(stage.recipe, method='+'.join(parts), replay=share), stage.folder/'retry'/f"replay_{share:g}")
+    run = carry_out(other, resume=(other.folder/'run.json').exists(), quiet=True)
+    if run.stopped not in ('', 'early stopping'): raise Left(run.stopped)
+    made = load_checkpoint(other.folder/other.best)
+    how = ', '.join(filter(None, (f'replay {share:g}', made.get('how', ''))))
+    return _judged(stage, model, made['model_state_dict'], before, how, made.get('alpha', 1.), made.get('adapter'))
 
 def _stronger(share):
     "Larger and larger shares of old text"
@@ -384,7 +418,7 @@ def _hint(stage, before, end, near):
     if near is None: return "No mixture of old and new weights passes and still knows the new domain better; try more replay, a lower learning rate, or allow more forgetting"
     d, a = stage.domain, near.after
     return (f"The nearest that would pass: {near.alpha:.0%} new and {1-near.alpha:.0%} old weights ({near.verdict}; {d} at {a[d].bits_per_byte:.4f} bits per byte instead of "
-            f"{end.after[d].bits_per_byte:.4f}); --retry finds and promotes it, or try more replay")
+            f"{end.after[d].bits_per_byte:.4f}); --resume --retry finds and promotes it, or try more replay")
 
 # %% ../nbs/13_continual.ipynb #8c5938ed
 def _own_words(parent, n_tokens, seed, cache, device):
@@ -477,13 +511,15 @@ def continual_learn(
     for name, value in dict(compile=compile, deterministic=deterministic, resume=resume, overwrite=overwrite, quiet=quiet, retry=retry).items(): yes_or_no(name, value)
     for name, value in dict(eval_tokens=eval_tokens, seed=seed).items(): in_range(name, value, 0, whole=True)
     if in_range('extend', extend, 0, 100_000, whole=True) and 'lora' in recipe.parts: raise UserError(f"extend={extend}: lora leaves the old weights as they are, so new pieces would never be learned; leave one of them out")
+    if retry and recipe.method in ('frozen', 'joint'): raise UserError(f"retry does nothing with method={method!r}, which has nothing gentler to try; leave it out")
     if (old_data is not None) != ('joint' in recipe.parts):
         raise UserError(f"old_data={old_data} and method={method!r} do not go together: the method joint needs the training text of all old domains, and no other does")
     limit = None if max_forgetting in (None, math.inf) else in_range('max_forgetting', max_forgetting, 0, hint='give a share, such as 0.02 for 2 %, or inf to refuse nothing')
     domain, memory, share = domain_name(domain), in_range('memory', memory, 0, 1), validation_share(val_data, val_split)
     parent = Parent.load(model, tokenizer)
     check_new(parent, domain)
-    if recipe.replay and 'replay' in recipe.parts: [_memory(d, 'replay') for d in parent.domains]
+    for name in ('replay', 'ewc'):
+        if name in recipe.parts: [_memory(d, name) for d in parent.domains]
     batch_size, global_batch = _batch(parent, batch_size, grad_accumulation)
     loop = LoopConfig(1, epochs, _inherited(parent, 'learning_rate', learning_rate, 3e-4), early_stopping_patience=early_stopping_patience, max_grad_norm=max_grad_norm,
                       spike=spike, schedule=schedule, eval_every=eval_every, max_steps=max_steps, max_time=max_time, save_every=save_every, keep_epochs=keep_epochs,
@@ -494,7 +530,7 @@ def continual_learn(
     if compile: check_compiler(where)
     with join_processes(where) as processes:
         folder = lead(processes, lambda: check_folder(stage_folder(model, domain) if save_dir is None else save_dir, resume, overwrite))
-        if folder.absolute() == parent.folder: raise UserError(f"save_dir={folder} is the parent's own folder; name another")
+        if folder.resolve() == parent.folder.resolve(): raise UserError(f"save_dir={folder} is the parent's own folder; name another")
         source, val_source = Source.of(data, field), Source.of(val_data, field) if val_data is not None else None
         resume = lead(processes, lambda: resume and (folder/'run.json').exists())
         if resume: loop = as_before(loop, precision, folder)
@@ -512,7 +548,7 @@ def continual_learn(
         if not extend: say(_examined(parent, val))
         shape = replace(shape, vocab_size=len(parent.tokenizer))
         if not resume: lead(processes, lambda: check_room(folder, count_params(shape), min(epochs, keep_epochs or epochs)))
-        def make(recipe, folder):
+        def make(recipe, folder, processes=processes, limit=limit, retry=retry):
             with in_turn(processes): old = _old_texts(parent, recipe, len(train), seed, cache, where) if old_data is None else [prepare(Source.of(old_data, field), parent.tokenizer, cache).ids]
             part = recipe.replay or 0. if old_data is None else len(old[0])/(len(old[0]) + len(train))
             batches = MixedBatches(train.ids, old, part, shape.max_seq_len, batch_size, global_batch//batch_size, seed, parent.tokenizer.bos_id, processes.rank, processes.world,
@@ -521,9 +557,8 @@ def continual_learn(
             if old_data is not None: course = _all_budgets(parent, course, batches)
             warmup, note = fit_warmup(course.total//10 if warmup_steps is None else warmup_steps, course.total)
             if note: say(note)
-            ended = parent.record['settings'].get('floor', 0.)*parent.record['settings'].get('learning_rate', 0.)
-            return Stage(folder, shape, replace(course, warmup_steps=warmup, rise_from=min(ended, loop.learning_rate)), optim, parent.tokenizer, train, val, batches, eval_tokens, deterministic, compile,
-                         domain, memory, parent, recipe, limit, retry, again=make)
+            return Stage(folder, shape, replace(course, warmup_steps=warmup, rise_from=min(_last_rate(parent), loop.learning_rate)), optim, parent.tokenizer, train, val, batches, eval_tokens, deterministic, compile,
+                         domain, memory, parent, recipe, limit, retry, again=partial(make, processes=Processes(), limit=None, retry=False))  # which the first process does by itself
         stage = make(recipe, folder)
         if 'frozen' in recipe.parts: lead(processes, lambda: leave_frozen(stage, overwrite, quiet))
         else: carry_out(stage, resume, overwrite, quiet, processes=processes)
@@ -553,6 +588,11 @@ def _extended(parent, source, n_pieces, field, folder, processes, say):
     for cost in extension_costs(parent.model, new.model, parent.tokenizer, {d.name: d.val for d in parent.domains if d.val is not None}, max_tokens=WATCHED): say(f"  {cost}")
     return new
 
+def _last_rate(parent):
+    "The learning rate with which the parent ended: at its peak, where it is the state before the descent"
+    was = parent.record['settings']
+    return was.get('learning_rate', 0.)*(1. if parent.path.parent.name == 'branch' else was.get('floor', 0.))
+
 def _batch(parent, batch_size, grad_accumulation):
     "Blocks through the model at once, and blocks of a step; what is not given is the parent's"
     was = parent.record['settings']
@@ -566,10 +606,11 @@ def leave_frozen(
 )->None:
     "A stage without a step: the lower bound, and a record of what the parent makes of the new text"
     say = (lambda *a: None) if quiet else print
-    with (store := Checkpoints(stage.folder)).lock():
-        if (stage.folder/'run.json').exists() and not overwrite: return
-        record = stage.begin(overwrite)
+    with Checkpoints(stage.folder).lock():
+        begun = (stage.folder/'run.json').exists() and not overwrite
+        record = stage.go_on() if begun else stage.begin(overwrite)
         about = record['stage']
+        if 'after' in about: return
         before = {name: Score(**s) for name, s in about['before'].items()}
         say(f"\nWhat the parent makes of every domain:\n{domain_lines(before, before)}")
         verdict = judge_domains({d.name: before[d.name] for d in stage.parent.domains if d.name in before}, before, stage.max_forgetting)
@@ -609,7 +650,8 @@ class Learned:
 
     def __repr__(self):
         if self.verdict is None: return f"Stage {self.domain} in {self.folder}, stopped by {self.stopped}"
-        return f"Stage {self.domain} in {self.folder}, {'NOT promoted' if self.refused else 'promoted'}: {self.verdict}\n{domain_lines(self.before, self.after)}"
+        fate = ('NOT promoted' if self.refused else 'promoted') + (f" ({self.how})" if self.how else '')
+        return f"Stage {self.domain} in {self.folder}, {fate}: {self.verdict}\n{domain_lines(self.before, self.after)}"
 
 # %% ../nbs/13_continual.ipynb #49695c0e
 def remember_domain(

@@ -31,12 +31,18 @@ class StageNode:
         "Read one run's own account of itself"
         folder = as_path('folder', folder)
         record = read_record(folder)
-        about = record.get('stage') or dict(domain='base', number=0, parent=None, method='pretrain')  # a run that is not over
+        about = record.get('stage') or dict(domain=record['settings'].get('domain', 'base'), number=0, parent=None, method='pretrain')  # a run that is not over
         parent = about.get('parent')
         return cls(folder, about, record.get('status', ''), parent and Path(os.path.normpath(folder.absolute()/parent['folder'])))
 
     @property
     def domain(self)->str: return self.about['domain']
+
+    def follows(self,
+        other, # a `StageNode`
+    )->bool:
+        "Can that be its parent, which knew fewer domains? Folders are renamed, and then another run stands where it stood"
+        return other.about['number'] < self.about['number']
 
     def scores(self,
         when:str='after', # or `before`
@@ -66,17 +72,20 @@ def find_stages(
     folder, # a run, or a folder of runs
 )->dict:    # absolute folder -> `StageNode`, parents and children joined
     "All runs that belong together here"
-    folder = as_path('folder', folder).absolute()
+    folder = Path(os.path.normpath(as_path('folder', folder).absolute()))
     if not folder.is_dir(): raise UserError(f"no folder at {folder}; give a run folder, or a folder of them")
     one = (folder/'run.json').exists()
-    todo, found = [p.parent for p in (folder.parent if one else folder).glob('*/run.json')], {}
+    todo, found = [folder, *(p.parent for p in (folder.parent if one else folder).glob('*/run.json'))], {}
     while todo:
-        path = Path(os.path.normpath(todo.pop()))
-        if path in found: continue
-        found[path] = node = StageNode.load(path)
-        if node.parent and (node.parent/'run.json').exists(): todo.append(node.parent)
+        path = todo.pop()
+        if path in found or not (path/'run.json').exists(): continue
+        try: found[path] = StageNode.load(path)
+        except UserError:
+            if not one or path == folder: raise  # what only stands beside the run that is meant is left out
+        else: todo += [found[path].parent]*(found[path].parent is not None)
     for path in sorted(found):
-        if found[path].parent in found: found[found[path].parent].children.append(found[path])
+        if (above := found.get(found[path].parent)) and found[path].follows(above): above.children.append(found[path])
+        else: found[path].parent = None
     if not found: raise UserError(f"{folder} holds no run; give a run folder, or a folder of them")
     return found
 
@@ -92,12 +101,12 @@ def history(
 )->str:         # one line per stage
     "The tree of stages, with what each did to every domain"
     found, folder = find_stages(folder), Path(os.path.normpath(as_path('folder', folder).absolute()))
-    roots = [n for n in found.values() if n.parent not in found]
+    roots = [n for n in found.values() if not n.parent]
     if folder in found: roots = [_root(found, found[folder])]
     return '\n'.join(line for root in sorted(roots, key=lambda n: n.folder) for line in (root.line, *_branch(root)))
 
 def _root(found, node):
-    while node.parent in found: node = found[node.parent]
+    while node.parent: node = found[node.parent]
     return node
 
 # %% ../nbs/13a_lineage.ipynb #0f077361
@@ -107,9 +116,10 @@ def lineage(
     "A run and all that it came from"
     nodes = [StageNode.load(as_path('folder', folder).absolute())]
     while nodes[0].parent:
-        if not (nodes[0].parent/'run.json').exists():
+        above = StageNode.load(nodes[0].parent) if (nodes[0].parent/'run.json').exists() else None
+        if not above or not nodes[0].follows(above):
             raise UserError(f"{nodes[0].folder} came from {nodes[0].parent}, which is not there any more; bring it back, or look at the stages that are left with `continual-llm history`")
-        nodes.insert(0, StageNode.load(nodes[0].parent))
+        nodes.insert(0, above)
     return nodes
 
 def matrix(
@@ -118,8 +128,8 @@ def matrix(
 )->tuple:                       # names of the domains, and a row of scores for each stage
     "Scores of every domain after every stage"
     nodes = lineage(folder)
-    names = [n.domain for n in nodes]
     rows = [b.scores('before') for b in nodes[1:]] + [nodes[-1].scores()]
+    names = list(max(rows, key=len))  # a base may have been given its memory later, under another name
     return names, [[getattr(row[name], measure) for name in names if name in row] for row in rows]
 
 def plot_matrix(

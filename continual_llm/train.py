@@ -70,7 +70,7 @@ def read_record(
     "What `run.json` says of a run, held to its form"
     record = read_json(Path(folder)/'run.json', 'run', ('settings', 'threads'))
     in_range(f"{Path(folder)/'run.json'}: threads", record['threads'], 1, 1024, whole=True)
-    for name in ('settings', 'result'):
+    for name in ('settings', 'result', 'stage'):
         if not isinstance(record.get(name, {}), dict): raise UserError(f"{Path(folder)/'run.json'} was damaged: its {name} are no table; begin anew with --overwrite")
     return record
 
@@ -399,7 +399,7 @@ def _finish(job, store, record, model, history, at, say, processes):
     if not processes.first: return run
     result = dict(step=at.step, best_step=at.best_step, best_epoch=at.best_epoch, best_loss=at.best_loss if at.best_epoch else None, seconds=round(at.seconds, 1))
     over = at.stopped in ('', 'early stopping')
-    job.note(dict(record, status=at.stopped or 'complete', result=result, **(job.conclude(store, record, model, history, say) if over else {})))
+    job.note({**record, 'status': at.stopped or 'complete', 'result': result, **(job.conclude(store, record, model, history, say) if over else {})})
     job.tidy()
     try: save_curve(history, job.folder/'curve.png')
     except OSError as e: aside(f"{job.folder/'curve.png'} cannot be written ({e.strerror}); the run itself is whole")

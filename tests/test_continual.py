@@ -1,18 +1,21 @@
 "Stages: resumable like any run, their gate surviving a kill; each option of `continual_learn` changes what it says; a story of three domains"
-import inspect, json, math, os, shutil, signal, subprocess, sys, time
+import json, math, os, shutil, signal, socket, subprocess, sys, time
+from dataclasses import replace
 import pytest
 import torch
+from continual_llm import continual as teaching
 from continual_llm import train as training
 from continual_llm.checkpoint import Checkpoints, load_checkpoint
 from continual_llm.cli import main
 from continual_llm.compare import compare_runs
-from continual_llm.continual import METHODS, Learned, continual_learn, remember_domain
-from continual_llm.core import UserError, read_json
-from continual_llm.data import open_tokens
+from continual_llm.continual import Learned, Stage, continual_learn, remember_domain
+from continual_llm.core import UserError, read_json, write_json
+from continual_llm.generate import load_model
 from continual_llm.lineage import history, matrix
+from continual_llm.lora import load_adapter, merge_lora
 from continual_llm.memory import domains
 from continual_llm.tokenizer import train_tokenizer
-from continual_llm.train import pretrain
+from continual_llm.train import carry_out, pretrain
 from tests.test_options import LINES, SHAPE, WORDS, shows, SHOWN, options
 
 CODE = [f'def {a}_{b}(x): return {c} + x\n\n' for a in WORDS for b in WORDS for c in WORDS[:3]]
@@ -50,6 +53,12 @@ def teach(home, tmp_path):
     return run
 
 
+class Killed(BaseException): pass
+
+
+def kill(*a, **kw): raise Killed
+
+
 def rows(stage, kind): return [r for r in map(json.loads, (stage.folder/'metrics.jsonl').read_text().splitlines()) if r['kind'] == kind]
 
 
@@ -80,8 +89,6 @@ def test_killed_at_the_gate(teach, home, monkeypatch):
     "Killed between the promotion and the record of it, or before both: the same verdict after a resume, never a model that was not examined"
     for limit, broken in ((math.inf, 'write_json'), (0., 'write_json'), (math.inf, 'link')):
         whole = teach(max_forgetting=limit)
-        class Killed(BaseException): pass
-        def kill(*a, **kw): raise Killed
         real = training.write_json
         def at_the_end(path, obj, what): return kill() if 'after' in obj.get('stage', {}) else real(path, obj, what)
         def no_promotion(self, source, name, link=Checkpoints.link): return kill() if source.startswith('candidate') and name.startswith('best') else link(self, source, name)
@@ -111,6 +118,29 @@ def test_really_killed(home, tmp_path):
     assert subprocess.run(argv('killed'), env=env).returncode in (0, 3)
     assert not compare_runs(tmp_path/'whole', tmp_path/'killed').differences
     assert Learned.load(tmp_path/'whole').verdict == Learned.load(tmp_path/'killed').verdict
+
+
+# ---- killed in the beginning ----
+
+@pytest.mark.parametrize('method', ['naive', 'frozen'])
+@pytest.mark.parametrize('at', ['prepare', 'note', 'link', 'end'])
+def test_killed_in_the_beginning(teach, monkeypatch, at, method):
+    "Killed before the first step, wherever: --resume begins the stage or goes on with it, and ends as one that was never killed"
+    whole = teach(method=method)
+    folder = str(whole.folder) + '-killed'
+    real, seen = training.write_json, []
+    def note(path, obj, what):
+        seen.append(path)
+        if at == 'note' or 'after' in obj.get('stage', {}): kill()
+        real(path, obj, what)
+    with monkeypatch.context() as m:
+        if at == 'prepare': m.setattr(Stage, 'prepare', kill)
+        elif at == 'link': m.setattr(Checkpoints, 'link', kill)
+        else:
+            for place in (training, teaching): m.setattr(place, 'write_json', note, raising=False)
+        with pytest.raises(Killed): teach(method=method, save_dir=folder)
+    again = teach(method=method, save_dir=folder, resume=True)
+    assert again.verdict == whole.verdict and again.after == whole.after and same(weights(again), weights(whole)) and not again.stopped
 
 
 # ---- the gate ----
@@ -148,6 +178,81 @@ def test_retry(teach, home):
     strict = teach(max_steps=20, max_forgetting=plain.verdict.change/50, retry=True)
     assert strict.refused or strict.how
     assert (strict.folder/'retry').exists()
+
+
+def test_stopped_while_it_tries_again(teach, monkeypatch):
+    "A trial of `retry` that is stopped is judged by nobody: the stage is stopped too, and goes on with the trial; a trial tries nothing itself"
+    def strict(**more): return teach(max_steps=20, max_forgetting=1e-4, retry=True, **more)
+    def stopped(job, *a, **kw): return carry_out(replace(job, loop=replace(job.loop, max_time=1e-9)) if job.folder.parent.name == 'retry' else job, *a, **kw)
+    monkeypatch.setattr(teaching, 'KEEP', math.inf)  # no mixture is good enough
+    whole = strict()
+    with monkeypatch.context() as m:
+        m.setattr(teaching, 'carry_out', stopped)
+        left = strict()
+    assert left.stopped == 'max_time' and left.verdict is None
+    again = strict(save_dir=str(left.folder), resume=True)
+    assert again.verdict == whole.verdict and again.how == whole.how and same(weights(again), weights(whole))
+    tried = [read_json(p, 'run')['stage'] for p in sorted(whole.folder.glob('retry/*/run.json'))]
+    assert len(tried) == 3 and [t['how'] for t in tried] == ['']*3 and not list(whole.folder.glob('retry/*/retry'))
+
+
+def test_a_trial_that_passes(teach, monkeypatch):
+    "What is promoted, and said of it, is the trial's own"
+    plain, limit = teach(max_steps=20), 0.
+    more = teach(max_steps=20, method='replay', replay=.5)
+    limit = (plain.verdict.change + more.verdict.change)/2
+    monkeypatch.setattr(teaching, 'KEEP', math.inf)
+    monkeypatch.setattr(teaching, '_stronger', lambda share: [.5])
+    found = teach(max_steps=20, max_forgetting=limit, retry=True)
+    assert found.how == 'replay 0.5' and not found.refused
+    assert found.after == more.after and same(weights(found), weights(more, more_file(more)))
+    assert load_checkpoint(found.folder)['val_loss'] == pytest.approx(found.after['code'].loss)
+
+
+def more_file(stage): return f"{'candidate' if stage.refused else 'best'}/checkpoint.pt"
+
+
+def test_refused_and_judged_again(teach):
+    "A refused stage that is resumed with a wider limit, or with `retry`, is judged again; nothing is trained again"
+    refused = teach(max_forgetting=0.)
+    again = dict(save_dir=str(refused.folder), resume=True)
+    learned, steps = weights(refused, 'candidate/checkpoint.pt'), len(rows(refused, 'step'))
+    mixed = teach(max_forgetting=refused.verdict.change/2, **again)
+    assert mixed.refused and mixed.verdict.limit == refused.verdict.change/2 and same(weights(mixed, 'candidate/checkpoint.pt'), learned)
+    wide = teach(max_forgetting=2*refused.verdict.change, **again)
+    assert not wide.refused and same(weights(wide), learned) and len(rows(wide, 'step')) == steps
+    assert not teach(max_forgetting=0., **again).refused  # what was promoted stays
+    second = teach(max_forgetting=refused.verdict.change/2)
+    found = teach(max_forgetting=refused.verdict.change/2, retry=True, save_dir=str(second.folder), resume=True)
+    assert not found.refused and found.how
+
+
+@pytest.mark.parametrize('given', [dict(method='lora'), dict(method='lora+interpolate'), dict(method='lora', retry=True, max_forgetting=.001), dict(method='lora', retry=True, max_forgetting=.001, keep=math.inf)])
+def test_the_adapter_is_what_was_promoted(teach, home, monkeypatch, given):
+    "The additions by themselves, put on the parent, are the model that the stage ends with, mixed or tried again"
+    monkeypatch.setattr(teaching, 'KEEP', given.pop('keep', teaching.KEEP))
+    monkeypatch.setattr(teaching, '_stronger', lambda share: [.2])
+    stage = teach(rank=2, max_steps=15, learning_rate=.03, **given)
+    put_on = merge_lora(load_adapter(load_model(home/'base')[0], stage.folder/'adapter')).state_dict()
+    for k, w in weights(stage, more_file(stage)).items(): torch.testing.assert_close(put_on[k], w, atol=1e-5, rtol=1e-4)
+
+
+def test_two_processes(home, tmp_path):
+    "Two that train together refuse, try again and tell as one does"
+    def argv(name): return [sys.executable, '-c', 'from continual_llm import continual; continual.KEEP = 9.; from continual_llm.cli import main; main()', 'continual-learn', '--model', str(home/'base'),
+                            '--data', str(home/'code.txt'), '--domain', 'code', '--max_steps', '6', '--precision', 'fp32', '--cache', str(home/'cache'), '--save_dir', str(tmp_path/name), '--device', 'cpu',
+                            '--max_forgetting', '0.0001', '--retry', '--deterministic', '--grad_accumulation', '2', '--quiet']
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = str(s.getsockname()[1])
+    env = dict(os.environ, OMP_NUM_THREADS='1')
+    one = subprocess.run(argv('one'), env=env, timeout=300)
+    both = [subprocess.Popen(argv('two'), env=dict(env, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)) for r in range(2)]
+    try: codes = [p.wait(300) for p in both]
+    finally: [p.kill() for p in both]
+    assert codes == [one.returncode]*2
+    assert Learned.load(tmp_path/'two').verdict == Learned.load(tmp_path/'one').verdict and same(weights(Learned.load(tmp_path/'two')), weights(Learned.load(tmp_path/'one')))
+    for trial in (tmp_path/'one').glob('retry/*'): assert not compare_runs(trial, tmp_path/'two'/'retry'/trial.name).differences
 
 
 # ---- options ----
@@ -346,7 +451,7 @@ def test_branch(teach, home, tmp_path):
     (dict(method='replay', replay=-.1), 'replay=-0.1'), (dict(method='replay', replay=math.nan), 'replay=nan'), (dict(replay=.1), 'does nothing'), (dict(strength=2.), 'does nothing'),
     (dict(method='l2', strength=0.), 'strength=0'), (dict(method='lora', rank=0), 'rank=0'), (dict(method='distill', distill=2.), 'distill=2'), (dict(max_forgetting=-.1), 'max_forgetting=-0.1'),
     (dict(max_forgetting=math.nan), 'max_forgetting=nan'), (dict(memory=2.), 'memory=2'), (dict(model='bare'), 'continual-llm remember --model'), (dict(model='nowhere'), 'no checkpoint at'),
-    (dict(val_data='code.txt', val_split=.1), 'both name validation text'), (dict(epochs=0), 'epochs=0'), (dict(retry=1), 'retry=1'), (dict(method='lora+l2'), 'nothing to pull back'), (dict(method='distill', compile=True), 'compile does nothing'), (dict(schedule='step'), 'step')])
+    (dict(method='frozen', retry=True), 'retry does nothing'), (dict(val_data='code.txt', val_split=.1), 'both name validation text'), (dict(epochs=0), 'epochs=0'), (dict(retry=1), 'retry=1'), (dict(method='lora+l2'), 'nothing to pull back'), (dict(method='distill', compile=True), 'compile does nothing'), (dict(schedule='step'), 'step')])
 def test_bad_input(teach, home, tmp_path, bad, line):
     "One line, and nothing is written"
     (home/'empty.txt').write_text('')
@@ -368,6 +473,49 @@ def test_the_text_of_a_stage_changes(teach, home, tmp_path):
     with pytest.raises(UserError, match='method was'): teach(data=str(tmp_path/'mine.txt'), method='replay', **again)
     with open(tmp_path/'mine.txt', 'a') as f: f.write('one more\n')
     with pytest.raises(UserError, match='training text is not the one'): teach(data=str(tmp_path/'mine.txt'), **again)
+
+
+def test_the_parent_is_not_written_over(teach, home, tmp_path):
+    "Under whatever name its folder is given"
+    shutil.copytree(home/'base', tmp_path/'mine')
+    (tmp_path/'link').symlink_to(tmp_path/'mine')
+    for name in ('mine', 'link', 'mine/../mine'):
+        with pytest.raises(UserError, match="the parent's own folder"): teach(model=str(tmp_path/'mine'), save_dir=str(tmp_path/name), overwrite=True)
+    assert (tmp_path/'mine'/'best'/'checkpoint.pt').exists()
+
+
+def test_ewc_without_old_text(teach, tmp_path):
+    "is refused before anything is written"
+    none = teach(memory=0.)
+    with pytest.raises(UserError, match='no text was kept'): teach(model=str(none.folder), domain='third', method='ewc', save_dir=str(tmp_path/'third'))
+    assert not (tmp_path/'third').exists()
+
+
+def test_odd_lineages(teach, home, tmp_path):
+    "A stage that took its parent's name, one whose parent was replaced, a neighbour that cannot be read, a parent that was stopped"
+    shutil.copytree(home/'base', tmp_path/'base')
+    stage = teach(model=str(tmp_path/'base'), save_dir=str(tmp_path/'base-code'))
+    (tmp_path/'odd').mkdir()
+    (tmp_path/'odd'/'run.json').write_text('{"not": "ours"')
+    assert len(history(stage.folder).splitlines()) == 2
+    with pytest.raises(UserError, match='odd'): history(tmp_path)
+    shutil.rmtree(tmp_path/'base')
+    stage.folder.rename(tmp_path/'base')
+    assert history(tmp_path/'base').startswith('base: code by naive')
+    with pytest.raises(UserError, match='not there any more'): matrix(tmp_path/'base')
+
+
+def test_names_in_a_matrix(teach, home, tmp_path):
+    "are those of the domains that were scored, also where the base was stopped, or was given its memory later"
+    stopped = pretrain(str(home/'text.txt'), config=str(home/'shape.yaml'), tokenizer=str(home/'tok'), cache=str(home/'cache'), domain='talk', save_dir=str(tmp_path/'talk'), **BASE)
+    record = read_json(stopped.folder/'run.json', 'run')
+    write_json(stopped.folder/'run.json', {k: v for k, v in record.items() if k not in ('stage', 'result')} | dict(status='SIGTERM'), 'run')
+    assert matrix(teach(model=str(stopped.folder)).folder)[0] == ['talk', 'code'] and history(stopped.folder).startswith('talk: talk by pretrain')
+    shutil.copytree(home/'base', tmp_path/'bare')
+    shutil.rmtree(tmp_path/'bare'/'memory')
+    remember_domain(str(tmp_path/'bare'), str(home/'text.txt'), 'speech', cache=str(home/'cache'))
+    names, R = matrix(teach(model=str(tmp_path/'bare')).folder)
+    assert names == ['speech', 'code'] and [len(row) for row in R] == [2, 2]
 
 
 def test_remember(home, tmp_path, capsys):
