@@ -87,8 +87,10 @@ def check_room(
     return need
 
 def clear_run(folder):
-    "Remove a run's own files and folders, and nothing else; what says that there is a run goes last"
-    for path in list(Path(folder).glob('epoch_*')) + [Path(folder)/name for name in reversed(PARTS_OF_A_RUN)]:
+    "Remove a run's own files and folders, and nothing else: its record first, so that half of it is never gone on with, and last what says that there was one"
+    signs = ('last', 'final', 'best')
+    inner = [Path(folder)/name for name in PARTS_OF_A_RUN if name not in signs]
+    for path in inner + list(Path(folder).glob('epoch_*')) + [Path(folder)/name for name in signs]:
         if path.is_dir(): shutil.rmtree(path)
         else: path.unlink(missing_ok=True)
 

@@ -143,6 +143,21 @@ def test_killed_in_the_beginning(teach, monkeypatch, at, method):
     assert again.verdict == whole.verdict and again.after == whole.after and same(weights(again), weights(whole)) and not again.stopped
 
 
+@pytest.mark.parametrize('n', [2, 4, 5])
+def test_killed_while_it_replaces(teach, monkeypatch, n):
+    "Half of a run that was to be replaced is never gone on with: begun anew, it ends as any does"
+    old = teach()
+    left, real = [n], shutil.rmtree
+    def few(path, *a, **kw):
+        left[0] -= 1
+        return kill() if not left[0] else real(path, *a, **kw)
+    with monkeypatch.context() as m:
+        m.setattr(shutil, 'rmtree', few)
+        with pytest.raises(Killed): teach(save_dir=str(old.folder), overwrite=True)
+    with pytest.raises(UserError, match='--overwrite'): teach(save_dir=str(old.folder), resume=True)
+    assert teach(save_dir=str(old.folder), overwrite=True).after == old.after
+
+
 # ---- the gate ----
 
 def test_gate(teach, home, tmp_path, capsys):
