@@ -8,6 +8,7 @@ __all__ = ['Processes', 'join_processes', 'lead', 'in_turn']
 # %% ../nbs/08b_distributed.ipynb #5cd4e3b1
 import contextlib, os
 from dataclasses import dataclass
+from datetime import timedelta
 import torch
 import torch.distributed as dist
 from .core import UserError
@@ -69,7 +70,8 @@ def join_processes(
         yield Processes(rank, world, local)
         return
     kind = torch.device(device).type
-    dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', rank=rank, world_size=world)
+    patience = timedelta(days=7)  # the others wait while the first evaluates or tries again; one that is gone breaks its connection and is noticed at once
+    dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', rank=rank, world_size=world, timeout=patience)
     try: yield Processes(rank, world, local)
     finally: dist.destroy_process_group()
 
