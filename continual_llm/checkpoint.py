@@ -282,6 +282,7 @@ class ResumeStates:
 def _own_state(state, path, facts):
     "Refuse a resume state that stands under another one's name, or comes from another run"
     name = state.get('generation') if type(state) is dict else None
+    if name == path.stem and (type(state.get('step')) is not int or f"{state['step']:06d}" != name): raise DamagedFile(f"{path} has a wrong `step`")
     if name == path.stem and (facts is None or state.get('facts') == facts): return state
     if name == path.stem: raise DamagedFile(f"{path} is a resume state of another run")
     held = f"the state of step {name[:20].lstrip('0')}" if type(name) is str else 'no resume state'

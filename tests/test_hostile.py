@@ -452,7 +452,7 @@ def setting_cases(watch, home):
     record = {k: v for k, v in json.loads((run/'run.json').read_text()).items() if k != 'checksum'}
     for name, text in around(record, odd=(None, -1, 10**9, 'x', [])).items():
         fresh(run/'run.json', text)
-        watch.case('run.json', name, resumed, {name} if name.startswith(('device', 'status', 'versions', 'result', 'threads', 'without_device', 'without_status', 'without_versions', 'without_result')) else ())
+        watch.case('run.json', name, resumed, {name} if name.startswith(('device', 'status', 'versions', 'result', 'threads', 'without_device', 'without_status', 'without_versions', 'without_result', 'without_accepts', 'without_stage')) else ())
     for kind, f in special(run/'run.json', resumed): watch.case('run.json', kind, f, {'circle', 'nowhere'})
     fresh(run/'run.json', json.dumps(record))
     newest, last = run/'last'/'000003.pt', run/'last'/'000002.pt'
