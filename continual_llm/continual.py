@@ -213,7 +213,7 @@ class Stage(Job):
     def make_parts(self, model, facts, processes):
         "Those of a run, with the method's additions and the old domains watched"
         parts = super().make_parts(model, facts, processes)
-        return replace(parts, evaluate=_watching(self, model, parts.evaluate, processes), **_additions(self, model, parts))
+        return replace(parts, evaluate=_watching(self, model, parts.evaluate, processes), **_additions(self, model))
 
     def take_best(self, model, checkpoint:dict)->None:
         "Put the best weights into the model, plain"
@@ -256,7 +256,7 @@ def _watching(stage, model, evaluate, processes):
     return watched
 
 # %% ../nbs/13_continual.ipynb #4cfd4845
-def _additions(stage, model, parts):
+def _additions(stage, model):
     "What the methods change in a run's parts"
     methods, start, more, penalties = stage.recipe.parts, stage.parent.checkpoint['model_state_dict'], {}, []
     if 'l2' in methods:
@@ -467,7 +467,7 @@ def continual_learn(
     val_data:str|None=None,           # new text to validate on; left out, a share of `data`
     val_split:float|None=None,        # share of `data` to validate on (default: 0.1, or 0 with `val_data`)
     field:str='text',                 # name of the text in the records of a `.jsonl` file
-    method:str='replay',              # against forgetting: naive, replay, self, l2, ewc, distill, interpolate, lora or frozen; several joined by `+`
+    method:str='replay',              # against forgetting: naive, replay, self, l2, ewc, distill, interpolate, lora, frozen or joint; several joined by `+`
     replay:float|None=None,           # share of the training blocks that are old text (default with `replay` and `self`: 0.05)
     strength:float|None=None,         # of the pull of `l2` and `ewc` (default: 1)
     distill:float|None=None,          # share of the target that is the old model's opinion (default with `distill`: 0.5)
