@@ -1,10 +1,11 @@
-"""Which method keeps the old domains best?  `python benchmarks/continual.py [--data FOLDER] [--seeds 0,1,2] [--rows naive,replay-5] [--work FOLDER] [--results FILE] [--table]`
+"""Which method keeps the old domains best?  `python benchmarks/continual.py [--data FOLDER] [--seeds 0,1,2] [--rows naive,replay-5] [--jobs 2] [--work FOLDER] [--results FILE] [--table]`
 
 A base model learns text of one kind, then two others one after the other: with `--data`, a folder laid out as `wikitext-2/{train,valid}.txt` and `medical/{train,valid}.txt`, encyclopedia, medicine and the
 source code of Python's library; without it, the language reference, then the source code. Every row sees the same number of tokens in each stage; `joint` sees the same texts all at once, from fresh
 weights, with the sum of all budgets. Each row runs in a process of its own, which tells its time and its largest memory. Rows that stand in the results file are not run again, so the study may be
 interrupted and goes on where it was; `--table` prints what there is."""
-import argparse, contextlib, json, resource, statistics, subprocess, sys, time
+import argparse, contextlib, json, os, resource, statistics, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 import torch
@@ -78,10 +79,16 @@ def course(args):
     return dict(cache=str(args.work/'cache'), precision=args.precision, early_stopping_patience=0, keep_epochs=1, quiet=True)
 
 
+def finished(folder):
+    "Does a complete run stand there?"
+    record = folder/'run.json'
+    return record.exists() and json.loads(record.read_text())['status'] == 'complete'
+
+
 def base(args, seed):
     "The model that all rows begin with"
     names, folder = make_texts(args.work, args.data, args.megabytes), args.work/f'base-{seed}'
-    if not (args.work/'tok').exists(): train_tokenizer(str(args.work/f'{names[0]}.train.txt'), vocab_size=args.vocab, save=args.work/'tok')
+    if finished(folder): return names, folder  # which several rows may read at once
     pretrain(str(args.work/f'{names[0]}.train.txt'), args.config, str(args.work/f'{names[0]}.valid.txt'), tokenizer=str(args.work/'tok'), domain=names[0], epochs=args.epochs, batch_size=16,
              grad_accumulation=1, learning_rate=args.rate, optimizer='muon', warmup_steps=50, seed=seed, save_dir=str(folder), resume=True, **course(args))
     return names, folder
@@ -123,9 +130,8 @@ def joint(args, seed):
 
 def one(args, name, seed):
     "Run a row here and tell"
-    begun = time.perf_counter()
-    base(args, seed)
     begun, busy = time.perf_counter(), time.process_time()
+    if name == 'base': return print(f'base {seed}:', base(args, seed)[1])
     rows = joint(args, seed) if name == 'joint' else stages(args, name, seed)
     print(json.dumps(dict(row=name, seed=seed, rows=rows, seconds=round(time.perf_counter()-begun, 1), cpu=round(time.process_time()-busy, 1),
                           megabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024)))
@@ -133,31 +139,56 @@ def one(args, name, seed):
 
 # --- the table --------------------------------------------------------------------------------------------------------------------------------------------
 
-def means(results, name):
-    "Mean over seeds of a row's figures"
+def mean(xs): return statistics.mean(xs)
+
+
+def row(results, name, kinds):
+    "A row's figures, mean over its seeds"
     mine = [r for r in results if r['row'] == name]
-    final = {d: statistics.mean(r['rows'][-1][d] for r in mine) for d in mine[0]['rows'][-1]}
-    return dict(final=final, first=[statistics.mean(r['rows'][i][list(final)[0]] for r in mine) for i in range(len(mine[0]['rows']))],
-                average=statistics.mean(final.values()), spread=statistics.pstdev([statistics.mean(r['rows'][-1].values()) for r in mine]),
-                cpu=statistics.mean(r['cpu'] for r in mine), megabytes=max(r['megabytes'] for r in mine), seeds=len(mine))
+    final = [mean(r['rows'][-1].values()) for r in mine]
+    return dict(stages=[{k: mean(r['rows'][i][k] for r in mine) for k in kinds[:i+2]} for i in range(len(kinds)-1)], average=mean(final), spread=statistics.pstdev(final),
+                cpu=mean(r['cpu'] for r in mine), megabytes=max(r['megabytes'] for r in mine), seeds=sorted(r['seed'] for r in mine))
 
 
 def table(results):
-    "Rows as Markdown: bits per byte after the last stage, forgetting of the base, gap closed, cost"
-    names = [n for n in ROWS if any(r['row'] == n for r in results)]
-    seen = {n: means(results, n) for n in names}
-    frozen, naive, together = [seen.get(n) for n in ('frozen', 'naive', 'joint')]
-    kinds = list(next(iter(seen.values()))['final'])
-    lines = ['| row | ' + ' | '.join(kinds) + ' | average | base forgotten | gap closed | time | memory | seeds |', '|---'*(len(kinds)+7) + '|']
-    for n, s in seen.items():
-        lost = f"{s['final'][kinds[0]]/frozen['final'][kinds[0]] - 1:+.1%}" if frozen else ''
+    "Rows as Markdown, each held against `frozen`, `naive` and `joint` of the same seeds"
+    kinds = list(results[0]['rows'][-1])
+    lines = [f"| row | {' | '.join(kinds)} | average | {kinds[0]} forgotten | new domain lost | gap closed | time | memory | seeds |", '|---'*(len(kinds)+8) + '|']
+    for name in (n for n in ROWS if any(r['row'] == n for r in results)):
+        seeds = {r['seed'] for r in results if r['row'] == name}
+        def beside(other):
+            there = [r for r in results if r['row'] == other and r['seed'] in seeds]
+            return row(there, other, kinds) if {r['seed'] for r in there} == seeds else None
+        s, frozen, naive, together = beside(name), *map(beside, ('frozen', 'naive', 'joint'))
+        each = range(len(kinds)-1) if name != 'joint' else [len(kinds)-2]
+        lost = ', '.join(f"{s['stages'][i][kinds[0]]/frozen['stages'][i][kinds[0]] - 1:+.1%}" for i in each) if frozen else ''
+        behind = ', '.join(f"{s['stages'][i][kinds[i+1]]/naive['stages'][i][kinds[i+1]] - 1:+.1%}" for i in each) if naive else ''
         gap = gap_closed(naive['average'], s['average'], together['average']) if naive and together else None
+        gap = '' if gap is None else f'{gap:.0%}'
         cost = [f"{s[k]/naive[k]:.2f}" if naive else '' for k in ('cpu', 'megabytes')]
-        lines.append(f"| {n} | " + ' | '.join(f'{s["final"][k]:.4f}' for k in kinds) + f" | {s['average']:.4f} ± {s['spread']:.4f} | {lost} | {'' if gap is None else f'{gap:.0%}'} | {cost[0]} | {cost[1]} | {s['seeds']} |")
+        last = ' | '.join(f'{b:.4f}' for b in s['stages'][-1].values())
+        lines.append(f"| {name} | {last} | {s['average']:.4f} ± {s['spread']:.4f} | {lost} | {behind} | "
+                     f"{gap} | {' | '.join(cost)} | {len(s['seeds'])} |")
     return '\n'.join(lines)
 
 
 def read(path): return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def study(args):
+    "Run the rows that are missing, each in a process of its own, some at the same time"
+    names = make_texts(args.work, args.data, args.megabytes)
+    if not (args.work/'tok').exists(): train_tokenizer(str(args.work/f'{names[0]}.train.txt'), vocab_size=args.vocab, save=args.work/'tok')
+    seeds, rows = [int(s) for s in args.seeds.split(',')], args.rows.split(',')
+    env = dict(os.environ, OMP_NUM_THREADS=str(max(1, os.cpu_count()//args.jobs)))
+    def run(task):
+        said = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--one', '{}:{}'.format(*task)], stdout=subprocess.PIPE, text=True, check=True, env=env).stdout.splitlines()[-1]
+        if task[0] in ROWS:
+            with open(args.results, 'a') as f: f.write(said + '\n')
+        print(said, flush=True)
+    for names in (['base'], ['frozen'], [r for r in rows if r != 'frozen']):  # each needs what those before it leave behind
+        done = {(r['row'], r['seed']) for r in read(args.results)}
+        with ThreadPoolExecutor(args.jobs) as pool: list(pool.map(run, [(n, s) for s in seeds for n in names if (n, s) not in done]))
 
 
 def main():
@@ -174,18 +205,14 @@ def main():
     p.add_argument('--precision', default='auto')
     p.add_argument('--seeds', default='0')
     p.add_argument('--rows', default=','.join(ROWS))
+    p.add_argument('--jobs', type=int, default=2, help='rows at the same time, which share the cores')
     p.add_argument('--one', help=argparse.SUPPRESS)
     p.add_argument('--table', action='store_true', help='print the table of what there is, and run nothing')
     args = p.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     args.results = args.results or args.work/'results.jsonl'
     if args.one: return one(args, args.one.rsplit(':', 1)[0], int(args.one.rsplit(':', 1)[1]))
-    for seed in map(int, args.seeds.split(',')):
-        for name in args.rows.split(','):
-            if args.table or any((r['row'], r['seed']) == (name, seed) for r in read(args.results)): continue
-            said = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--one', f'{name}:{seed}'], stdout=subprocess.PIPE, text=True, check=True).stdout
-            with open(args.results, 'a') as f: f.write(said.splitlines()[-1] + '\n')
-            print(said.splitlines()[-1], flush=True)
+    if not args.table: study(args)
     print(table(read(args.results)))
 
 

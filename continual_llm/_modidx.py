@@ -590,6 +590,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'continual_llm.memory.domain_name': ('memory.html#domain_name', 'continual_llm/memory.py'),
                                       'continual_llm.memory.domains': ('memory.html#domains', 'continual_llm/memory.py'),
                                       'continual_llm.memory.inherit': ('memory.html#inherit', 'continual_llm/memory.py'),
+                                      'continual_llm.memory.memory_share': ('memory.html#memory_share', 'continual_llm/memory.py'),
+                                      'continual_llm.memory.n_kept': ('memory.html#n_kept', 'continual_llm/memory.py'),
                                       'continual_llm.memory.pieces': ('memory.html#pieces', 'continual_llm/memory.py'),
                                       'continual_llm.memory.remember': ('memory.html#remember', 'continual_llm/memory.py'),
                                       'continual_llm.memory.reservoir': ('memory.html#reservoir', 'continual_llm/memory.py')},

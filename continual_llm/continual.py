@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable
+import torch
 from .archive import DamagedFile
 from .batches import Batches
 from .checkpoint import Checkpoints, checkpoint_file, checkpoint_payload, load_checkpoint, run_id
@@ -24,7 +25,7 @@ from .extend import came_from, examine_domain, extend_embeddings, extend_tokeniz
 from .gate import Verdict, domain_lines, judge_domains
 from .generate import load_model
 from .loop import LoopConfig
-from .memory import Domain, domain_name, domains, inherit, remember
+from .memory import Domain, domain_name, domains, inherit, memory_share, remember
 from .metrics import Score
 from .model import ContinualLLM, model_config
 from .monitor import banner
@@ -86,7 +87,7 @@ METHODS = dict(
     self='mix in text that the old model writes itself, where no old text may be kept (12b_distill)',
     l2='pull the weights back to the old ones (12a_penalties)',
     ewc='the same, each weight as hard as the old domains need it (12a_penalties)',
-    distill='learn what the old model would say of the new text (12b_distill)',
+    distill='learn what the old model would say: of the old text where replay or self mixes some in, else of the new (12b_distill)',
     interpolate='afterwards, average old and new weights in the best proportion (12c_merge)',
     lora='train small additions to frozen weights (12d_lora)',
     frozen='learn nothing: what the old model makes of the new text, a lower bound',
@@ -268,7 +269,8 @@ def _additions(stage, model):
     if penalties: more['penalty'] = lambda: sum(p() for p in penalties)
     if 'distill' in methods:
         from continual_llm.distill import distilled
-        more['loss_fn'] = distilled(stage.parent.model.to(stage.loop.device), stage.recipe.distill)
+        hidden = torch.compile(model.hidden, dynamic=False) if stage.compiled else None
+        more['loss_fn'] = distilled(stage.parent.model.to(stage.loop.device), stage.recipe.distill, hidden=hidden)
     if 'lora' in methods: more['payload'] = partial(_merged_payload, stage, model)
     return more
 
@@ -487,7 +489,7 @@ def continual_learn(
     optimizer:str|None=None,          # `adamw` or `muon` (default: the parent's)
     weight_decay:float|None=None,     # pull of the matrices towards zero (default: the parent's)
     max_grad_norm:float=1.,           # longer gradients are shortened to this; 0 leaves them
-    memory:float=.05,                 # share of the new training tokens kept, at most 50 MB, for later domains to replay; 0 keeps none
+    memory:float|None=None,           # share of the new training tokens kept for later domains to replay; 0 keeps none (default: 0.05, or 10 MB where that is more; at most 50 MB)
     seed:int=0,                       # seed of the split, the order and the dropout
     device:str='auto',                # where to compute: `auto`, `cuda`, `mps` or `cpu`
     precision:str='auto',             # `fp32`, `bf16`, or `auto` for what the hardware multiplies natively
@@ -515,7 +517,7 @@ def continual_learn(
     if (old_data is not None) != ('joint' in recipe.parts):
         raise UserError(f"old_data={old_data} and method={method!r} do not go together: the method joint needs the training text of all old domains, and no other does")
     limit = None if max_forgetting in (None, math.inf) else in_range('max_forgetting', max_forgetting, 0, hint='give a share, such as 0.02 for 2 %, or inf to refuse nothing')
-    domain, memory, share = domain_name(domain), in_range('memory', memory, 0, 1), validation_share(val_data, val_split)
+    domain, memory, share = domain_name(domain), memory_share(memory), validation_share(val_data, val_split)
     parent = Parent.load(model, tokenizer)
     check_new(parent, domain)
     for name in ('replay', 'ewc'):
@@ -526,7 +528,6 @@ def continual_learn(
                       precision=pick_precision(precision, where), device=str(where), seed=seed)
     optim = OptimConfig(_inherited(parent, 'optimizer', optimizer, 'adamw'), _inherited(parent, 'weight_decay', weight_decay, .1))
     shape = model_config(parent.checkpoint['config'], dropout=dropout)
-    if compile and 'distill' in recipe.parts: raise UserError("compile does nothing with the method distill, whose two models take turns; leave one of them out")
     if compile: check_compiler(where)
     with join_processes(where) as processes:
         folder = lead(processes, lambda: check_folder(stage_folder(model, domain) if save_dir is None else save_dir, resume, overwrite))
@@ -552,7 +553,7 @@ def continual_learn(
             with in_turn(processes): old = _old_texts(parent, recipe, len(train), seed, cache, where) if old_data is None else [prepare(Source.of(old_data, field), parent.tokenizer, cache).ids]
             part = recipe.replay or 0. if old_data is None else len(old[0])/(len(old[0]) + len(train))
             batches = MixedBatches(train.ids, old, part, shape.max_seq_len, batch_size, global_batch//batch_size, seed, parent.tokenizer.bos_id, processes.rank, processes.world,
-                                   halves=deterministic)
+                                   halves=deterministic, marked='distill' in recipe.parts and bool(old))
             course = replace(loop, steps_per_epoch=batches.steps_per_epoch)
             if old_data is not None: course = _all_budgets(parent, course, batches)
             warmup, note = fit_warmup(course.total//10 if warmup_steps is None else warmup_steps, course.total)
@@ -661,7 +662,7 @@ def remember_domain(
     val_data:str|None=None,    # text to validate on; left out, a share of `data`
     val_split:float|None=None, # share of `data` to validate on (default: 0.1, or 0 with `val_data`)
     field:str='text',          # name of the text in the records of a `.jsonl` file
-    memory:float=.05,          # share of the training tokens kept, at most 50 MB; 0 keeps none
+    memory:float|None=None,    # share of the training tokens kept; 0 keeps none (default: 0.05, or 10 MB where that is more; at most 50 MB)
     seed:int=0,                # of the split and of the choice
     cache:str|None=None,       # folder of token files (default: the user's cache folder)
 )->Domain:
@@ -672,4 +673,4 @@ def remember_domain(
     tok = tokenizer_of(path, None, load_checkpoint(path)['tokenizer_hash'])
     with Checkpoints(folder).lock():
         train, val = read_texts(Source.of(data, field), Source.of(val_data, field) if val_data is not None else None, share, tok, seed, cache)
-        return remember(train, val, folder/'memory', domain_name(domain), in_range('memory', memory, 0, 1), seed=seed)
+        return remember(train, val, folder/'memory', domain_name(domain), memory_share(memory), seed=seed)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from .core import UserError, in_range, numpy_generator
 from .generate import Reader, Sampling, banned_pieces, choose, evaluating
+from .ops import next_token_nats
 
 # %% ../nbs/12b_distill.ipynb #8e3b32f3
 def _log_sum(s, p): return s.amax(1) - p.amax(1).log()  # of exp(s), where p is the softmax already
@@ -68,18 +69,24 @@ def distilled(
     teacher,              # a `ContinualLLM` that stays as it is, on the student's device
     share:float,          # of the target that is the teacher's, in [0, 1]; 0 does not ask it
     temperature:float=1., # above 1, unlikely tokens count more
+    hidden=None,          # (B,T) -> (B,T,d): the student's, where it was compiled
 ):                        # for `Parts.loss_fn`: (model, micro-batch) -> (summed nats, tokens)
-    "Learn a text without forgetting what the old model expects in it (LwF, Li and Hoiem 2017)"
+    "Ask the old model too: at every token (LwF, Li and Hoiem 2017), or in old blocks alone (DER, Buzzega et al. 2020)"
     in_range('share', share, 0, 1)
     in_range('temperature', temperature, 0, 100, '(]')
     def loss_fn(model, micro):
-        x, y = [t.to(model.out_weight.device) for t in micro]
+        x, y, *marks = [t.to(model.out_weight.device) for t in micro]
         if model is teacher: raise UserError("the teacher is the model being trained, which teaches nothing; give a copy of what it was")
         if len(teacher.out_weight) != len(model.out_weight):
             raise UserError(f"the teacher knows {len(teacher.out_weight)} pieces and the model {len(model.out_weight)}; extend the teacher likewise")
         if not share: return model(x, targets=y, reduction='sum'), y.numel()
-        with torch.no_grad(), evaluating(teacher): old = teacher.hidden(x)
-        return mixed_nats(model.hidden(x), model.out_weight, old, teacher.out_weight.detach(), y, share, temperature), y.numel()
+        asked, nats = marks[0] if marks else torch.ones(len(x), dtype=torch.bool, device=x.device), []
+        h = (hidden or model.hidden)(x)
+        if asked.any():
+            with torch.no_grad(), evaluating(teacher): old = teacher.hidden(x[asked])
+            nats.append(mixed_nats(h[asked], model.out_weight, old, teacher.out_weight.detach(), y[asked], share, temperature))
+        if not asked.all(): nats.append(next_token_nats(h[~asked], model.out_weight, y[~asked], 'sum'))
+        return sum(nats), y.numel()
     return loss_fn
 
 # %% ../nbs/12b_distill.ipynb #15ec03f6

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from .batches import Batches, Blocks
-from .core import in_range, numpy_generator
+from .core import in_range
 
 # %% ../nbs/02d_replay.ipynb #7229060c
 def in_passes(
@@ -67,8 +67,9 @@ class Mixture:
         epoch:int,  # counted from 0
     )->np.ndarray:  # (per_epoch,) first target of each block in the row of texts, in the order they are read
         "The blocks of an epoch"
-        old = [edge + in_passes(b, epoch*n, n) for b, n, edge in zip(self.old, self.n_old, self.edges)]
-        return numpy_generator(self.seed, 'mixture', epoch).permutation(np.concatenate([self.new.starts(epoch), *old]))
+        rows = [self.new.starts(epoch), *[edge + in_passes(b, epoch*n, n) for b, n, edge in zip(self.old, self.n_old, self.edges)]]
+        when = [(np.arange(len(row)) + (i+1)/(len(rows)+1))/len(row) for i, row in enumerate(rows)]  # each spread over the epoch, none at the same moments as another
+        return np.concatenate(rows)[np.argsort(np.concatenate(when), kind='stable')]
 
 # %% ../nbs/02d_replay.ipynb #72afe5f0
 class MixedBatches(Batches):
@@ -77,20 +78,22 @@ class MixedBatches(Batches):
         ids:np.ndarray,   # (N,) token ids of the new text
         old:list,         # token ids of each remembered text
         share:float,      # of the blocks that are old, in [0, 1)
-        *args, **more,    # of `Batches`, from `seq_len` on
+        *args,            # of `Batches`, from `seq_len` on
+        marked:bool=False,# tell of each block whether it is old?
+        **more,           # of `Batches`
     ):
         super().__init__(ids, *args, **more)
         old = [at_least(np.asarray(o), self.blocks.seq_len) for o in old]
         memories = tuple(Blocks(len(o), self.blocks.seq_len, self.blocks.seed + 1 + i) for i, o in enumerate(old))
-        self.texts, self.blocks = [self.ids, *old], Mixture(self.blocks, memories, share)
+        self.texts, self.blocks, self.marked = [self.ids, *old], Mixture(self.blocks, memories, share), marked
 
     def gather(self,
         starts:np.ndarray, # (B,) first target of each block in the row of texts
-    )->tuple:              # inputs and targets, each (B,T) int64
+    )->tuple:              # inputs and targets, each (B,T) int64, and if marked, which are old, (B,) bool
         "The tokens of some blocks"
         text = np.searchsorted(self.blocks.edges, starts, 'right')  # which one each is of, 0 being the new one
         firsts, out = np.append(0, self.blocks.edges), [torch.empty(len(starts), self.blocks.seq_len, dtype=torch.int64) for _ in range(2)]
         for t in np.unique(text):
             rows = np.flatnonzero(text == t)
             for whole, part in zip(out, Batches.gather(self, starts[rows] - firsts[t], self.texts[t])): whole[rows] = part
-        return tuple(out)
+        return (*out, torch.from_numpy(text > 0)) if self.marked else tuple(out)

@@ -25,7 +25,7 @@ from .evaluate import score_tokens
 from .generate import generate
 from .history import History, aside, draw
 from .loop import LoopConfig, Parts, fit
-from .memory import domain_name, remember
+from .memory import domain_name, memory_share, remember
 from .metrics import Score
 from .model import ContinualLLM, ModelConfig, config_fields, model_config
 from .monitor import Console, JsonLines, LiveFigure, banner, save_curve
@@ -240,7 +240,7 @@ class Job:
     deterministic:bool=False
     compiled:bool=False     # is the training step compiled?
     domain:str='base'       # what the text is called from now on
-    memory:float=.05        # share of its training tokens that is remembered
+    memory:float|None=None  # share of its training tokens that is remembered; None as `remember` has it
     best = Checkpoints.best # where the best checkpoint is published
 
     @property
@@ -485,7 +485,7 @@ def pretrain(
     max_grad_norm:float=1.,           # longer gradients are shortened to this; 0 leaves them
     schedule:str='cosine',            # descent of the rate: `cosine`, or `wsd` to stay at the peak until the last fifth
     domain:str='base',                # what this text is called when other domains follow
-    memory:float=.05,                 # share of the training tokens kept, at most 50 MB, for later domains to replay; 0 keeps none
+    memory:float|None=None,           # share of the training tokens kept for later domains to replay; 0 keeps none (default: 0.05, or 10 MB where that is more; at most 50 MB)
     seed:int=0,                       # seed of the split, the weights, the order and the dropout
     device:str='auto',                # where to compute: `auto`, `cuda`, `mps` or `cpu`
     precision:str='auto',             # `fp32`, `bf16`, or `auto` for what the hardware multiplies natively
@@ -514,7 +514,7 @@ def pretrain(
                       schedule=schedule, eval_every=eval_every, max_steps=max_steps, max_time=max_time, save_every=save_every, keep_epochs=keep_epochs,
                       precision=pick_precision(precision, where), device=str(where), seed=seed)
     optim, shape = OptimConfig(optimizer, weight_decay), model_config(config, max_seq_len=max_seq_len, dropout=dropout)
-    domain, memory = domain_name(domain), in_range('memory', memory, 0, 1)
+    domain, memory = domain_name(domain), memory_share(memory)
     if compile: check_compiler(where)
     share = validation_share(val_data, val_split)
     with join_processes(where) as processes:

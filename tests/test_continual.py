@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from continual_llm import continual as teaching
+from continual_llm import distill
 from continual_llm import train as training
 from continual_llm.checkpoint import Checkpoints, load_checkpoint
 from continual_llm.cli import main
@@ -304,6 +305,21 @@ def test_methods(teach):
     assert set(weights(stage)) == set(start)  # plain weights, whatever the method
 
 
+def test_whom_the_old_model_teaches(teach, monkeypatch):
+    "Every block where there are none but new ones, the old ones alone where there are some; compiled or not"
+    asked, mixed = [], distill.mixed_nats
+    def counted(hidden, *more): return asked.append(len(hidden)) or mixed(hidden, *more)
+    monkeypatch.setattr(distill, 'mixed_nats', counted)
+    plain = teach(method='distill', max_steps=4)
+    blocks = rows(plain, 'step')[0]['tokens']//16
+    assert asked == [blocks]*4
+    asked.clear()
+    both = teach(method='replay+distill', replay=.25, max_steps=8)
+    assert sum(asked) == 8*blocks//4 and max(asked) < blocks
+    compiled = []
+    monkeypatch.setattr(torch, 'compile', lambda f, **how: compiled.append(f.__name__) or f if callable(f) and not isinstance(f, torch.nn.Module) else f)
+    assert same(weights(teach(method='replay+distill', replay=.25, max_steps=8, compile=True)), weights(both)) and 'hidden' in compiled
+
 
 @shows(continual_learn, 'old_data')
 def test_joint(teach, home):
@@ -468,7 +484,7 @@ def test_branch(teach, home, tmp_path):
     (dict(method='replay', replay=-.1), 'replay=-0.1'), (dict(method='replay', replay=math.nan), 'replay=nan'), (dict(replay=.1), 'does nothing'), (dict(strength=2.), 'does nothing'),
     (dict(method='l2', strength=0.), 'strength=0'), (dict(method='lora', rank=0), 'rank=0'), (dict(method='distill', distill=2.), 'distill=2'), (dict(max_forgetting=-.1), 'max_forgetting=-0.1'),
     (dict(max_forgetting=math.nan), 'max_forgetting=nan'), (dict(memory=2.), 'memory=2'), (dict(model='bare'), 'continual-llm remember --model'), (dict(model='nowhere'), 'no checkpoint at'),
-    (dict(method='frozen', retry=True), 'retry does nothing'), (dict(val_data='code.txt', val_split=.1), 'both name validation text'), (dict(epochs=0), 'epochs=0'), (dict(retry=1), 'retry=1'), (dict(method='lora+l2'), 'nothing to pull back'), (dict(method='distill', compile=True), 'compile does nothing'), (dict(schedule='step'), 'step')])
+    (dict(method='frozen', retry=True), 'retry does nothing'), (dict(val_data='code.txt', val_split=.1), 'both name validation text'), (dict(epochs=0), 'epochs=0'), (dict(retry=1), 'retry=1'), (dict(method='lora+l2'), 'nothing to pull back'), (dict(schedule='step'), 'step')])
 def test_bad_input(teach, home, tmp_path, bad, line):
     "One line, and nothing is written"
     (home/'empty.txt').write_text('')
