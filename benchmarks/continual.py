@@ -21,13 +21,12 @@ from continual_llm.tokenizer import Tokenizer, train_tokenizer
 from continual_llm.train import pretrain
 
 ROWS = {
-    'frozen': dict(method='frozen'), 'naive': dict(method='naive'),
-    'replay-1': dict(method='replay', replay=.01), 'replay-5': dict(method='replay', replay=.05), 'replay-25': dict(method='replay', replay=.25),
-    'l2-0.1': dict(method='l2', strength=.1), 'l2-1': dict(method='l2', strength=1.), 'ewc-30': dict(method='ewc', strength=30.), 'ewc-300': dict(method='ewc', strength=300.),
-    'distill': dict(method='distill'), 'self': dict(method='self', replay=.05), 'interpolate': dict(method='interpolate'), 'lora': dict(method='lora', rank=16),
-    'sam': dict(method='replay', replay=.05, schedule='wsd'), 'wsd': dict(method='replay', replay=.05, schedule='wsd'),
-    'replay-5+interpolate': dict(method='replay+interpolate', replay=.05), 'replay-25+interpolate': dict(method='replay+interpolate', replay=.25),
-    'replay-5+distill': dict(method='replay+distill', replay=.05, distill=.2), 'joint': {}}
+    'frozen': dict(method='frozen'), 'naive': dict(method='naive'), 'joint': {},
+    'replay-1': dict(method='replay', replay=.01), 'replay-5': dict(method='replay', replay=.05), 'replay-10': dict(method='replay', replay=.1), 'replay-25': dict(method='replay', replay=.25),
+    'replay-50': dict(method='replay', replay=.5), 'replay-10+distill': dict(method='replay+distill', replay=.1), 'replay-25+distill': dict(method='replay+distill', replay=.25),
+    'l2': dict(method='l2', strength=.3), 'ewc': dict(method='ewc', strength=100.), 'distill': dict(method='distill'), 'self-25+distill': dict(method='self+distill', replay=.25),
+    'interpolate': dict(method='interpolate'), 'lora': dict(method='lora', rank=16), 'replay-25+interpolate': dict(method='replay+interpolate', replay=.25),
+    'wsd': dict(method='replay', replay=.25, schedule='wsd'), 'sam': dict(method='replay', replay=.25, schedule='wsd')}
 SAM = .05 # radius in which the worst neighbour is looked for (Foret et al. 2021)
 
 
@@ -198,10 +197,10 @@ def main():
     p.add_argument('--work', type=Path, default=Path('checkpoints/study'), help='where runs are kept')
     p.add_argument('--results', type=Path, help='one line of JSON per row and seed (default: in the work folder)')
     p.add_argument('--config', default='tiny', help='shape of the model')
-    p.add_argument('--megabytes', type=float, default=3, help='training text of each domain')
+    p.add_argument('--megabytes', type=float, default=2, help='training text of each domain')
     p.add_argument('--vocab', type=int, default=4000, help='pieces of the tokenizer, trained on the first domain')
     p.add_argument('--epochs', type=int, default=2, help='passes over each text')
-    p.add_argument('--rate', type=float, default=3e-3, help='peak learning rate')
+    p.add_argument('--rate', type=float, default=1e-2, help='peak learning rate')
     p.add_argument('--precision', default='auto')
     p.add_argument('--seeds', default='0')
     p.add_argument('--rows', default=','.join(ROWS))

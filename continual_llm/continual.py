@@ -436,7 +436,7 @@ def _own_words(parent, n_tokens, seed, cache, device):
 def _old_texts(parent, recipe, n_new, seed, cache, device):
     "Token ids of the texts to replay"
     texts = [_memory(d, 'replay').ids for d in parent.domains] if 'replay' in recipe.parts else []
-    if 'self' in recipe.parts: texts.append(_own_words(parent, min(max(n_new//20, 4096), 500_000), seed, cache, device).ids)
+    if 'self' in recipe.parts: texts.append(_own_words(parent, min(max(n_new//4, 4096), 500_000), seed, cache, device).ids)
     return texts
 
 # %% ../nbs/13_continual.ipynb #c46dd6c9
