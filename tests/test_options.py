@@ -537,7 +537,8 @@ def test_schedule(train):
 def test_domain_and_memory(train):
     "What is kept of the text, and under which name"
     (kept,) = domains(train(domain='home', memory=.5).folder/'memory')
-    (less,) = domains(train().folder/'memory')
+    (less,) = domains(train(memory=.05).folder/'memory')
+    (whole,) = domains(train().folder/'memory')
     (none,) = domains(train(memory=0.).folder/'memory')
     assert [d.name for d in (kept, less, none)] == ['home', 'base', 'base'] and none.replay is None
-    assert 8 < len(kept.replay)/len(less.replay) < 12 and kept.val.checksum == none.val.checksum
+    assert 8 < len(kept.replay)/len(less.replay) < 12 and len(whole.replay) >= 2*len(kept.replay) and kept.val.checksum == none.val.checksum
