@@ -93,15 +93,15 @@ METHODS = dict(
     frozen='learn nothing: what the old model makes of the new text, a lower bound',
     joint='from fresh weights on all texts at once, with the steps of all stages together: an upper bound, for which the old texts are needed')
 ALONE = ('naive', 'frozen', 'joint')
-OPTIONS = dict(replay=(('replay', 'self'), .05, 1, '[)'), strength=(('l2', 'ewc'), 1., math.inf, '()'),
+OPTIONS = dict(replay=(('replay', 'self'), .25, 1, '[)'), strength=(('l2', 'ewc'), 1., math.inf, '()'),
                distill=(('distill',), .5, 1, '(]'), rank=(('lora',), 8, 1024, '[]'))  # option -> methods that use it, default, largest, ends
 
 # %% ../nbs/13_continual.ipynb #9c0a7751
 @dataclass(frozen=True)
 class Recipe:
     "How a new domain is taught"
-    method:str='replay'        # one of `METHODS`, or several joined by `+`
-    replay:float|None=None     # share of the training blocks that are old text; with `replay` and `self`, 0.05 unless given
+    method:str='replay+distill' # one of `METHODS`, or several joined by `+`
+    replay:float|None=None     # share of the training blocks that are old text; with `replay` and `self`, 0.25 unless given
     strength:float|None=None   # of the pull of `l2` and `ewc`, 1 unless given
     distill:float|None=None    # share of the target that is the old model's opinion, 0.5 unless given
     rank:int|None=None         # of the additions of `lora`, 8 unless given
@@ -467,8 +467,8 @@ def continual_learn(
     val_data:str|None=None,           # new text to validate on; left out, a share of `data`
     val_split:float|None=None,        # share of `data` to validate on (default: 0.1, or 0 with `val_data`)
     field:str='text',                 # name of the text in the records of a `.jsonl` file
-    method:str='replay',              # against forgetting: naive, replay, self, l2, ewc, distill, interpolate, lora, frozen or joint; several joined by `+`
-    replay:float|None=None,           # share of the training blocks that are old text (default with `replay` and `self`: 0.05)
+    method:str='replay+distill',      # against forgetting: naive, replay, self, l2, ewc, distill, interpolate, lora, frozen or joint; several joined by `+`
+    replay:float|None=None,           # share of the training blocks that are old text (default with `replay` and `self`: 0.25)
     strength:float|None=None,         # of the pull of `l2` and `ewc` (default: 1)
     distill:float|None=None,          # share of the target that is the old model's opinion (default with `distill`: 0.5)
     rank:int|None=None,               # of the additions of `lora` (default: 8)
