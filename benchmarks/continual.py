@@ -24,7 +24,7 @@ ROWS = {
     'frozen': dict(method='frozen'), 'naive': dict(method='naive'), 'joint': {},
     'replay-1': dict(method='replay', replay=.01), 'replay-5': dict(method='replay', replay=.05), 'replay-10': dict(method='replay', replay=.1), 'replay-25': dict(method='replay', replay=.25),
     'replay-50': dict(method='replay', replay=.5), 'replay-10+distill': dict(method='replay+distill', replay=.1), 'replay-25+distill': dict(method='replay+distill', replay=.25), 'replay-50+distill': dict(method='replay+distill', replay=.5),
-    'l2': dict(method='l2', strength=.3), 'ewc': dict(method='ewc', strength=100.), 'distill': dict(method='distill'), 'self-25+distill': dict(method='self+distill', replay=.25),
+    'l2': dict(method='l2'), 'ewc': dict(method='ewc'), 'distill': dict(method='distill'), 'self-25+distill': dict(method='self+distill', replay=.25),
     'interpolate': dict(method='interpolate'), 'lora': dict(method='lora', rank=16), 'replay-25+interpolate': dict(method='replay+interpolate', replay=.25),
     'wsd': dict(method='replay', replay=.25, schedule='wsd'), 'sam': dict(method='replay', replay=.25, schedule='wsd')}
 SAM = .05 # radius in which the worst neighbour is looked for (Foret et al. 2021)
