@@ -552,7 +552,7 @@ def continual_learn(
             with in_turn(processes): old = _old_texts(parent, recipe, len(train), seed, cache, where) if old_data is None else [prepare(Source.of(old_data, field), parent.tokenizer, cache).ids]
             part = recipe.replay or 0. if old_data is None else len(old[0])/(len(old[0]) + len(train))
             batches = MixedBatches(train.ids, old, part, shape.max_seq_len, batch_size, global_batch//batch_size, seed, parent.tokenizer.bos_id, processes.rank, processes.world,
-                                   halves=deterministic, marked='distill' in recipe.parts and bool(old))
+                                   halves=deterministic, marked='distill' in recipe.parts)
             course = replace(loop, steps_per_epoch=batches.steps_per_epoch)
             if old_data is not None: course = _all_budgets(parent, course, batches)
             warmup, note = fit_warmup(course.total//10 if warmup_steps is None else warmup_steps, course.total)

@@ -79,13 +79,14 @@ class MixedBatches(Batches):
         old:list,         # token ids of each remembered text
         share:float,      # of the blocks that are old, in [0, 1)
         *args,            # of `Batches`, from `seq_len` on
-        marked:bool=False,# tell of each block whether it is old?
+        marked:bool=False,# tell of each block whether it is old, if any is?
         **more,           # of `Batches`
     ):
         super().__init__(ids, *args, **more)
         old = [at_least(np.asarray(o), self.blocks.seq_len) for o in old]
         memories = tuple(Blocks(len(o), self.blocks.seq_len, self.blocks.seed + 1 + i) for i, o in enumerate(old))
-        self.texts, self.blocks, self.marked = [self.ids, *old], Mixture(self.blocks, memories, share), marked
+        self.texts, self.blocks = [self.ids, *old], Mixture(self.blocks, memories, share)
+        self.marked = marked and sum(self.blocks.n_old) > 0
 
     def gather(self,
         starts:np.ndarray, # (B,) first target of each block in the row of texts
