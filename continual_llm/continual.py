@@ -381,24 +381,27 @@ def _gentler(
 )->Outcome|None:    # one that passes and still knows the new domain better than the parent
     "The nearest model that would pass, on the line to the parent"
     from continual_llm.merge import bisect_alpha, interpolate
-    old, tried = stage.parent.checkpoint['model_state_dict'], {}
+    old, tried, how = stage.parent.checkpoint['model_state_dict'], {}, [w for w in end.how.split(', ') if w and not w.startswith('alpha')]
     def passes(alpha):
-        tried[alpha] = _judged(stage, model, interpolate(old, end.weights, alpha), before, f'alpha {alpha*end.alpha:.3f}', alpha*end.alpha)
+        tried[alpha] = _judged(stage, model, interpolate(old, end.weights, alpha), before, ', '.join([*how, f'alpha {alpha*end.alpha:.3f}']), alpha*end.alpha, end.adapter)
         return tried[alpha].verdict.passed
     alpha = bisect_alpha(passes)
     return tried[alpha] if alpha and _gain(stage, before, tried[alpha]) > 0 else None
 
 # %% ../nbs/13_continual.ipynb #e8462614
 def _retry(stage, model, before, end, near, say):
-    "A gentler model if it keeps enough, else the stage once more with more replay; the refused end if nothing passes"
-    wanted = KEEP*_gain(stage, before, end)
+    "A gentler model if it keeps enough, else the stage with more and more replay, or what is gentler than that; at last what gained most of all that passes, or the refused end"
+    wanted, found = KEEP*_gain(stage, before, end), [near]*bool(near)
     if near and _gain(stage, before, near) >= wanted: return near
     for share in _stronger(stage.recipe.replay):
         if any(d.replay is None for d in stage.parent.domains): break
         say(f"Trying again with replay={share:g} ...")
         again = _trial(stage, model, before, share)
         if again.verdict.passed: return again
-    return near or end
+        near = _gentler(stage, model, before, again)
+        found += [near]*bool(near)
+        if near and _gain(stage, before, near) >= wanted: return near
+    return max(found, key=partial(_gain, stage, before), default=end)
 
 def _trial(stage, model, before, share):
     "The stage once more with so much old text, in a folder of its own"

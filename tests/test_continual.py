@@ -226,6 +226,22 @@ def test_a_trial_that_passes(teach, monkeypatch):
     assert load_checkpoint(found.folder)['val_loss'] == pytest.approx(found.after['code'].loss)
 
 
+def test_the_best_of_what_passes(teach, monkeypatch):
+    "Where no trial passes by itself, a mixture is promoted: of the trial, if that keeps more than one of the first candidate"
+    plain, more = teach(max_steps=20), teach(max_steps=20, method='replay', replay=.5)
+    limit = dict(max_steps=20, max_forgetting=more.verdict.change/2, retry=True)
+    assert more.verdict.change < plain.verdict.change/2
+    monkeypatch.setattr(teaching, 'KEEP', math.inf)
+    monkeypatch.setattr(teaching, '_stronger', lambda share: [])
+    first = teach(**limit)
+    monkeypatch.setattr(teaching, '_stronger', lambda share: [.5])
+    best = teach(**limit)
+    assert first.how.startswith('alpha') and best.how.startswith('replay 0.5, alpha') and not first.refused and not best.refused
+    assert best.after['code'].bits_per_byte < first.after['code'].bits_per_byte
+    start, new, share = weights(teach(method='frozen')), weights(more, more_file(more)), load_checkpoint(best.folder)['alpha']
+    for k, w in weights(best).items(): torch.testing.assert_close(w, start[k] + share*(new[k] - start[k]))
+
+
 def more_file(stage): return f"{'candidate' if stage.refused else 'best'}/checkpoint.pt"
 
 
