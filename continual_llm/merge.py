@@ -49,6 +49,7 @@ def sweep(
     "Score models along the line"
     kept = {name: w.clone() for name, w in model.state_dict().items()}
     _check_alike(old, kept, 'the model')
+    old, new = [{name: w.clone() for name, w in weights.items()} for weights in (old, new)]  # either may be the model's own, which change
     rows = []
     try:
         for alpha in alphas:
