@@ -271,7 +271,7 @@ def test_eval_batches_cover_everything_once(n):
 def test_memory_of_real_sides(tmp_path):
     (tmp_path/'a.txt').write_text(''.join(f'Document {i}.\nIts text.\n\n' for i in range(400)))
     train, val, _ = prepare_split(tmp_path/'a.txt', LETTERS, .1, 0, tmp_path/'cache')
-    domain = remember(train, val, tmp_path/'memory', 'documents', seed=3)
+    domain = remember(train, val, tmp_path/'memory', 'documents', share=.05, seed=3)
     docs = text_of(domain.replay).split('\n\n')[:-1]
     assert .04*len(train) < len(domain.replay) <= .05*len(train)
     assert all(d.startswith('Document') and f'{d}\n\n' in text_of(train) for d in docs) and len(set(docs)) == len(docs) == domain.replay.n_docs
