@@ -12,34 +12,42 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from .core import UserError, in_range, numpy_generator
 from .generate import Reader, Sampling, banned_pieces, choose, evaluating
-from .ops import next_token_nats
+from .ops import next_token_nats, product_dtype
 
 # %% ../nbs/12b_distill.ipynb #8e3b32f3
-def _log_sum(s, p): return s.amax(1) - p.amax(1).log()  # of exp(s), where p is the softmax already
+def _log_sum(s, p): return s.amax(1).to(p.dtype) - p.amax(1).log()  # of exp(s), where p is the softmax already
 
-def _answer(s, t, y, share, tau):
-    "Nats (n,) and their gradient in the scores (n,V): of the student's scores, the teacher's, and the tokens that came (n,1)"
-    q, p = (t if tau == 1 else t/tau).softmax(1), s.softmax(1)  # (n,V)
-    mean = (q[:, None] @ s[:, :, None])[:, 0, 0]                # (n,) the teacher's expectation of the student's scores
-    p_tau = p if tau == 1 else (s/tau).softmax(1)
-    nats = (1-share)*(_log_sum(s, p) - s.gather(1, y)[:, 0]) + share*tau**2*(_log_sum(s/tau if tau != 1 else s, p_tau) - mean/tau)
-    grad = p.sub_(q, alpha=share) if tau == 1 else p.mul_(1-share).add_(p_tau.sub_(q), alpha=share*tau)
-    return nats, grad.scatter_add_(1, y, grad.new_full(y.shape, share-1))
+def _softened(s, tau, out):
+    "Nats (n,) that the scores (n,V) divided by `tau` add up to, and their softmax, in the room that is given"
+    s = s if tau == 1 else s.to(out.dtype)/tau
+    p = torch.softmax(s, 1, dtype=out.dtype, out=out)
+    return _log_sum(s, p), p
 
 # %% ../nbs/12b_distill.ipynb #fa23baa8
 class _MixedNats(torch.autograd.Function):
     "Summed nats of a mixed target, slice by slice"
     @staticmethod
     def forward(ctx, h, w, old_h, old_w, y, share, tau, rows):
-        wide, total = torch.promote_types(h.dtype, torch.float32), 0.
+        dtype, n, V, total = product_dtype(h), min(rows, len(h)), len(w), 0.
+        wide = torch.promote_types(dtype, torch.float32)
         dh, dw = torch.empty_like(h), torch.zeros_like(w) if w.requires_grad else None
+        x, m, old_x, old_m = [a.to(dtype) for a in (h, w, old_h, old_w)]
+        s, t, q, p, p_tau = [h.new_empty((n, V), dtype=kind) for kind in (dtype, dtype, dtype, wide, wide)]   # used again for every slice
         for i in range(0, len(h), rows):
-            x = h[i:i+rows]                                                    # (n,d)
-            s, t = F.linear(x, w).to(wide), F.linear(old_h[i:i+rows], old_w).to(wide)
-            nats, grad = _answer(s, t, y[i:i+rows, None], share, tau)          # (n,), (n,V)
-            total = total + nats.sum()
-            dh[i:i+rows] = grad @ w
-            if dw is not None: dw += grad.T @ x
+            k = len(h[i:i+rows])
+            here, came = x[i:i+k], y[i:i+k]                                                                    # (n,d), (n,)
+            torch.mm(here, m.T, out=s[:k]), torch.mm(old_x[i:i+k], old_m.T, out=t[:k])
+            torch.softmax(t[:k] if tau == 1 else t[:k]/tau, 1, out=q[:k])
+            expected = q[:k] @ m                                                                               # (n,d) the row of the output matrix that the teacher expects
+            all_in, grad = _softened(s[:k], 1, p[:k])
+            nats = (1-share)*(all_in - s[:k].gather(1, came[:, None])[:, 0].to(wide))
+            if tau != 1:
+                all_in, soft = _softened(s[:k], tau, p_tau[:k])
+                grad.mul_(1-share).add_(soft, alpha=share*tau)
+            total = total + (nats + share*tau**2*(all_in - (here.to(wide)*expected).sum(1)/tau)).sum()
+            grad = grad.to(dtype)
+            dh[i:i+k] = grad @ m - share*tau*expected - (1-share)*m[came]
+            if dw is not None: dw.add_(grad.T @ here).sub_(q[:k].T @ here, alpha=share*tau).index_add_(0, came, here.to(dw.dtype), alpha=share-1)
         ctx.save_for_backward(dh, dw)
         return total
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from .core import one_of
 
 # %% ../nbs/03a_ops.ipynb #30ff0551
-def _product_dtype(x):
+def product_dtype(x):
     "The type in which matrix products are computed here: autocast's, or the tensor's own"
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -21,7 +21,7 @@ def _product_dtype(x):
 @torch.no_grad()
 def _slices(hidden, weight, targets, rows, grads):
     "Nats of each token (N,) and, if asked, the gradient of their sum in `hidden` (N,d) and `weight` (V,d)"
-    N, V, dtype = len(hidden), len(weight), _product_dtype(hidden)
+    N, V, dtype = len(hidden), len(weight), product_dtype(hidden)
     h, w, wide = hidden.to(dtype), weight.to(dtype), torch.promote_types(dtype, torch.float32)
     scores, probs = [h.new_empty((min(rows, N), V), dtype=t) for t in (dtype, wide)]  # used again for every slice
     nats, dh, dw = h.new_empty(N, dtype=wide), torch.empty_like(h), torch.zeros_like(weight) if grads else None
