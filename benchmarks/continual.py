@@ -165,8 +165,9 @@ def table(results):
         gap = gap_closed(naive['average'], s['average'], together['average']) if naive and together else None
         gap = '' if gap is None else f'{gap:.0%}'
         cost = [f"{s[k]/naive[k]:.2f}" if naive else '' for k in ('cpu', 'megabytes')]
+        spread = f" ± {s['spread']:.4f}" if len(seeds) > 1 else ''
         last = ' | '.join(f'{b:.4f}' for b in s['stages'][-1].values())
-        lines.append(f"| {name} | {last} | {s['average']:.4f} ± {s['spread']:.4f} | {lost} | {behind} | "
+        lines.append(f"| {name} | {last} | {s['average']:.4f}{spread} | {lost} | {behind} | "
                      f"{gap} | {' | '.join(cost)} | {len(s['seeds'])} |")
     return '\n'.join(lines)
 
