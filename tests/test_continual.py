@@ -314,6 +314,7 @@ def test_methods(teach):
     for method in ('l2', 'ewc'):
         weak, strong = moved(method=method, strength=.001), moved(method=method, strength=1000.)
         assert strong < weak and strong < .9*naive, method
+        assert same(weights(teach(method=method)), weights(teach(method=method, strength=teaching.PULL[method])))  # unless one is given
     assert len({naive, moved(method='distill', distill=.2), moved(method='distill', distill=.9), moved(method='self'), moved(method='replay')}) == 5
     assert moved(method='lora', rank=1) != moved(method='lora', rank=4)
     stage = teach(method='lora', rank=2)
