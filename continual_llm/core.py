@@ -9,7 +9,7 @@ __all__ = ['UserError', 'nearest', 'shown', 'one_of', 'in_range', 'fields_in_ran
            'file_hash', 'human_bytes', 'human_time']
 
 # %% ../nbs/00_core.ipynb #9e216a0d
-import contextlib, difflib, hashlib, json, math, os, reprlib, stat, tempfile
+import contextlib, difflib, hashlib, json, math, os, reprlib, secrets, stat
 from pathlib import Path
 import numpy as np
 import torch
@@ -207,23 +207,17 @@ def atomic_file(
 ):                   # an open file, renamed to `path` when the block ends without an error
     "Write a file beside its place and rename it once the disk holds all of it"
     path = Path(path)
-    fd, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix='.tmp')
+    temp = path.parent/f".{path.name}.{secrets.token_hex(4)}.tmp"  # known before it is made: an interrupt may come between any two operations
     try:
-        with open(fd, mode, encoding=None if 'b' in mode else 'utf-8') as f:
+        with open(temp, mode.replace('w', 'x'), encoding=None if 'b' in mode else 'utf-8') as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(temp, 0o666 & ~_umask())  # mkstemp makes private files; a run folder is shared like any other
         os.replace(temp, path)
     except BaseException:
         with contextlib.suppress(OSError): os.unlink(temp)
         raise
     sync_folder(path.parent)
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 # %% ../nbs/00_core.ipynb #94071a51
 def write_bytes(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'HEADER', 'PIECE', 'TokenFile', 'open_tokens', 'write_tokens', 'marked_texts', 'chosen_texts', 'count_bytes',
-           'cache_folder', 'token_place', 'cache_errors', 'reuse_tokens', 'make_tokens', 'watched_texts', 'prepare']
+           'cache_folder', 'token_place', 'cache_errors', 'reuse_tokens', 'make_tokens', 'progress_bar',
+           'watched_texts', 'prepare']
 
 # %% ../nbs/02_data.ipynb #635d2f23
 import contextlib, hashlib, json, os, stat, sys, tempfile, time, warnings, zlib
@@ -253,6 +254,19 @@ def _sweep(folder, age=24*3600):
             if path.stat().st_mtime < time.time() - age: path.unlink()
         except FileNotFoundError: pass  # another process was faster
 
+# %% ../nbs/02_data.ipynb #9bc0946f
+def progress_bar(
+    total:int, # of what is counted
+    **options, # as `tqdm` takes them
+):             # a `tqdm` bar
+    "A progress bar without a thread of its own, which an interrupt may meet half-made"
+    from tqdm import tqdm
+    class Bar(tqdm):
+        monitor_interval = 0
+        def __del__(self):
+            if hasattr(self, 'start_t'): super().__del__()  # which it gets last of all
+    return Bar(total=total, **options)
+
 # %% ../nbs/02_data.ipynb #c4401cb6
 def watched_texts(
     source:Source,
@@ -261,10 +275,9 @@ def watched_texts(
     progress:bool=True, # show the bar?
 ):                      # the pairs of `source.texts()`
     "The texts of a source under a progress bar, refused at the end if they have changed meanwhile"
-    from tqdm import tqdm
     wait = 1 if sys.stderr.isatty() else 10  # a log or a notebook hears only of long work, and seldom
-    with tqdm(total=source.check().bytes, desc=what, unit='B', unit_scale=True, leave=False, disable=not progress,
-              delay=wait, mininterval=.1 if wait == 1 else wait, file=sys.stderr) as bar:
+    with progress_bar(source.check().bytes, desc=what, unit='B', unit_scale=True, leave=False, disable=not progress,
+                      delay=wait, mininterval=.1 if wait == 1 else wait, file=sys.stderr) as bar:
         for text, ends in source.texts():
             yield text, ends
             bar.update(count_bytes(text))

@@ -9,6 +9,7 @@ __all__ = ['banner', 'eval_lines', 'done_lines', 'in_notebook', 'Redrawn', 'Cons
 import json, math, sys, time
 from pathlib import Path
 from .core import atomic_file, write_bytes
+from .data import progress_bar
 from .metrics import figure_png, perplexity
 from .history import History, aside, draw
 
@@ -88,13 +89,11 @@ class _Line:
 
 def _bar(total, done):
     "A progress bar that suits the place"
-    from tqdm import tqdm
-    class Bar(tqdm): monitor_interval = 0  # no thread of its own
     place, output = dict(dynamic_ncols=True), Redrawn()
     if in_notebook(): place = dict(file=_Line(lambda line: output({'text/plain': line})), ncols=100, ascii=False, mininterval=.5)
     elif not sys.stderr.isatty(): place = dict(file=_Line(aside), ncols=100, mininterval=60, delay=60)
-    return Bar(total=total, initial=done, miniters=1, smoothing=0, leave=in_notebook(), **place,
-               bar_format='{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]')
+    return progress_bar(total, initial=done, miniters=1, smoothing=0, leave=in_notebook(), **place,
+                        bar_format='{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]')
 
 # %% ../nbs/07_monitor.ipynb #625b376c
 class Console:
