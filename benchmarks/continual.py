@@ -24,9 +24,10 @@ ROWS = {
     'frozen': dict(method='frozen'), 'naive': dict(method='naive'), 'joint': {},
     'replay-1': dict(method='replay', replay=.01), 'replay-5': dict(method='replay', replay=.05), 'replay-10': dict(method='replay', replay=.1), 'replay-25': dict(method='replay', replay=.25),
     'replay-50': dict(method='replay', replay=.5), 'replay-10+distill': dict(method='replay+distill', replay=.1), 'replay-25+distill': dict(method='replay+distill', replay=.25), 'replay-50+distill': dict(method='replay+distill', replay=.5),
-    'l2': dict(method='l2'), 'ewc': dict(method='ewc'), 'distill': dict(method='distill'), 'self-25+distill': dict(method='self+distill', replay=.25),
+    **{f'{name}-{strength:g}': dict(method=name, strength=strength) for name, strength in (('l2', .003), ('l2', .03), ('l2', .3), ('ewc', 1.), ('ewc', 10.), ('ewc', 100.))}, 'distill': dict(method='distill'), 'self-25+distill': dict(method='self+distill', replay=.25),
     'interpolate': dict(method='interpolate'), 'lora': dict(method='lora', rank=16), 'replay-25+interpolate': dict(method='replay+interpolate', replay=.25),
-    'wsd': dict(method='replay', replay=.25, schedule='wsd'), 'sam': dict(method='replay', replay=.25, schedule='wsd')}
+    'wsd': dict(method='replay', replay=.25, schedule='wsd'), 'sam': dict(method='replay', replay=.25, schedule='wsd'),
+    'small-memory': dict(method='replay+distill', replay=.25, memory=.05), 'low-rate': dict(method='replay+distill', replay=.25, rate=1/3)}  # of each text a twentieth is kept; a third of the peak
 SAM = .05 # radius in which the worst neighbour is looked for (Foret et al. 2021)
 
 
@@ -84,25 +85,26 @@ def finished(folder):
     return record.exists() and json.loads(record.read_text())['status'] == 'complete'
 
 
-def base(args, seed):
-    "The model that all rows begin with"
-    names, folder = make_texts(args.work, args.data, args.megabytes), args.work/f'base-{seed}'
+def base(args, seed, memory=None):
+    "The model that all rows begin with, or the same with another memory"
+    names, folder = make_texts(args.work, args.data, args.megabytes), args.work/(f'base-{seed}' + ('' if memory is None else f'-{memory:g}'))
     if finished(folder): return names, folder  # which several rows may read at once
     pretrain(str(args.work/f'{names[0]}.train.txt'), args.config, str(args.work/f'{names[0]}.valid.txt'), tokenizer=str(args.work/'tok'), domain=names[0], epochs=args.epochs, batch_size=16,
-             grad_accumulation=1, learning_rate=args.rate, optimizer='muon', warmup_steps=50, seed=seed, save_dir=str(folder), resume=True, **course(args))
+             grad_accumulation=1, learning_rate=args.rate, optimizer='muon', warmup_steps=50, seed=seed, memory=memory, save_dir=str(folder), resume=True, **course(args))
     return names, folder
 
 
 def stages(args, name, seed):
     "Scores of all domains after each stage of a row"
-    (first, *others), folder = base(args, seed)
+    (first, *others), folder = base(args, seed, ROWS[name].get('memory'))
     rows, given = [], dict(ROWS[name])
+    rate = args.rate*given.pop('rate', 1)
     with sharpness_aware() if name == 'sam' else contextlib.nullcontext():
         for domain in others:
             text = args.work/f'{domain}.train.txt'
             steps = 0 if name == 'frozen' else budget(args, folder, text)
             stage = continual_learn(str(folder), str(text), domain, val_data=str(args.work/f'{domain}.valid.txt'), epochs=2*args.epochs, max_steps=steps, seed=seed, max_forgetting=float('inf'),
-                                    save_dir=str(args.work/f'{name}-{seed}-{domain}'), resume=True, **{'learning_rate': args.rate, **given}, **course(args))
+                                    save_dir=str(args.work/f'{name}-{seed}-{domain}'), resume=True, learning_rate=rate, **given, **course(args))
             folder = stage.folder
             rows.append({k: s.bits_per_byte for k, s in stage.after.items()})
     return rows
@@ -129,8 +131,9 @@ def joint(args, seed):
 
 def one(args, name, seed):
     "Run a row here and tell"
+    _, folder = base(args, seed, ROWS.get(name, {}).get('memory'))  # which is not the row's own work
+    if name == 'base': return print(f'base {seed}:', folder)
     begun, busy = time.perf_counter(), time.process_time()
-    if name == 'base': return print(f'base {seed}:', base(args, seed)[1])
     rows = joint(args, seed) if name == 'joint' else stages(args, name, seed)
     print(json.dumps(dict(row=name, seed=seed, rows=rows, seconds=round(time.perf_counter()-begun, 1), cpu=round(time.process_time()-busy, 1),
                           megabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024)))

@@ -94,7 +94,7 @@ METHODS = dict(
     joint='from fresh weights on all texts at once, with the steps of all stages together: an upper bound, for which the old texts are needed')
 ALONE = ('naive', 'frozen', 'joint')
 PULL = dict(l2=.3, ewc=100.) # their strengths unless one is given
-OPTIONS = dict(replay=(('replay', 'self'), .25, 1, '[)'), strength=(('l2', 'ewc'), None, math.inf, '()'),
+OPTIONS = dict(replay=(('replay', 'self'), .25, 1, '[)'), strength=(('l2', 'ewc'), PULL, math.inf, '()'),
                distill=(('distill',), .5, 1, '(]'), rank=(('lora',), 8, 1024, '[]'))  # option -> methods that use it, default, largest, ends
 
 # %% ../nbs/13_continual.ipynb #9c0a7751
@@ -103,7 +103,7 @@ class Recipe:
     "How a new domain is taught"
     method:str='replay+distill' # one of `METHODS`, or several joined by `+`
     replay:float|None=None     # share of the training blocks that are old text; with `replay` and `self`, 0.25 unless given
-    strength:float|None=None   # of the pull of `l2` and `ewc`; None takes those of `PULL`
+    strength:float|None=None   # of the pull of `l2` or `ewc`, as in `PULL` unless given
     distill:float|None=None    # share of the target that is the old model's opinion, 0.5 unless given
     rank:int|None=None         # of the additions of `lora`, 8 unless given
 
@@ -112,6 +112,7 @@ class Recipe:
             if name not in METHODS: raise UserError(f"method={self.method!r}: there is no {name!r}{nearest(name, METHODS)}; the methods are {', '.join(METHODS)}")
             if name in ALONE and len(self.parts) > 1: raise UserError(f"method={self.method!r}: {name} goes with no other; leave it or the others out")
         if len(set(self.parts)) < len(self.parts): raise UserError(f"method={self.method!r} names one twice; name each once")
+        if {'l2', 'ewc'} <= {*self.parts}: raise UserError(f"method={self.method!r}: ewc is l2 with a strength for each weight; leave one of them out")
         if 'lora' in self.parts and {'l2', 'ewc'} & {*self.parts}: raise UserError(f"method={self.method!r}: lora leaves the old weights as they are, so there is nothing to pull back; leave l2 and ewc out")
         for name, (users, default, most, ends) in OPTIONS.items(): self._settle(name, users, default, most, ends)
 
@@ -124,7 +125,8 @@ class Recipe:
         "The default where an option is needed and was not given; a refusal where it was given and is not"
         value, used = getattr(self, name), any(m in users for m in self.parts)
         if not used and value is not None: raise UserError(f"{name}={value} does nothing with method={self.method!r}; add {' or '.join(users)} to the method, or leave it out")
-        if used and (value := default if value is None else value) is not None: object.__setattr__(self, name, in_range(name, value, 1 if name == 'rank' else 0, most, ends, whole=name == 'rank'))
+        if isinstance(default, dict): default = next((default[m] for m in self.parts if m in default), None)
+        if used: object.__setattr__(self, name, in_range(name, default if value is None else value, 1 if name == 'rank' else 0, most, ends, whole=name == 'rank'))
 
 # %% ../nbs/13_continual.ipynb #00ffecea
 WATCHED = 16_384 # tokens of each old domain that are scored at every evaluation
@@ -263,10 +265,10 @@ def _additions(stage, model):
     methods, start, more, penalties = stage.recipe.parts, stage.parent.checkpoint['model_state_dict'], {}, []
     if 'l2' in methods:
         from continual_llm.penalties import l2_penalty
-        penalties.append(l2_penalty(model, start, stage.recipe.strength or PULL['l2']))
+        penalties.append(l2_penalty(model, start, stage.recipe.strength))
     if 'ewc' in methods:
         from continual_llm.penalties import ewc_penalty, load_fisher
-        penalties.append(ewc_penalty(model, start, load_fisher(stage.folder/'fisher.pt', model), stage.recipe.strength or PULL['ewc']))
+        penalties.append(ewc_penalty(model, start, load_fisher(stage.folder/'fisher.pt', model), stage.recipe.strength))
     if penalties: more['penalty'] = lambda: sum(p() for p in penalties)
     if 'distill' in methods:
         from continual_llm.distill import distilled

@@ -83,17 +83,18 @@ def distilled(
     in_range('share', share, 0, 1)
     in_range('temperature', temperature, 0, 100, '(]')
     def loss_fn(model, micro):
-        x, y, *marks = [t.to(model.out_weight.device) for t in micro]
+        x, y, *marks = micro
+        asked = marks[0] if marks else torch.ones(len(x), dtype=torch.bool)
+        x, y, old, new = [t.to(model.out_weight.device) for t in (x, y, asked.nonzero()[:, 0], (~asked).nonzero()[:, 0])]  # counted where they were made: a GPU would have to be waited for
         if model is teacher: raise UserError("the teacher is the model being trained, which teaches nothing; give a copy of what it was")
         if len(teacher.out_weight) != len(model.out_weight):
             raise UserError(f"the teacher knows {len(teacher.out_weight)} pieces and the model {len(model.out_weight)}; extend the teacher likewise")
         if not share: return model(x, targets=y, reduction='sum'), y.numel()
-        asked, nats = marks[0] if marks else torch.ones(len(x), dtype=torch.bool, device=x.device), []
-        h = (hidden or model.hidden)(x)
-        if asked.any():
-            with torch.no_grad(), evaluating(teacher): old = teacher.hidden(x[asked])
-            nats.append(mixed_nats(h[asked], model.out_weight, old, teacher.out_weight.detach(), y[asked], share, temperature))
-        if not asked.all(): nats.append(next_token_nats(h[~asked], model.out_weight, y[~asked], 'sum'))
+        h, nats = (hidden or model.hidden)(x), []
+        if len(old):
+            with torch.no_grad(), evaluating(teacher): known = teacher.hidden(x[old])
+            nats.append(mixed_nats(h[old], model.out_weight, known, teacher.out_weight.detach(), y[old], share, temperature))
+        if len(new): nats.append(next_token_nats(h[new], model.out_weight, y[new], 'sum'))
         return sum(nats), y.numel()
     return loss_fn
 

@@ -49,7 +49,7 @@ def eval_lines(
 
 # %% ../nbs/07_monitor.ipynb #90ca086c
 def done_lines(
-    r:dict,          # a `done` record: seconds; path of the best checkpoint, if there is one; stopped, the reason if not the last step
+    r:dict,          # a `done` record: seconds; path of the best checkpoint, if there is one; stopped, the reason if not the last step; how and loss, if the best was made anew
     history:History, # what came before it
 )->str:
     "The end of a run in a few lines"
@@ -58,7 +58,7 @@ def done_lines(
     lines = [f"Training complete! Time: {minutes}"]
     if stopped == 'early stopping': lines.insert(0, f"Stopped early: no improvement for {evals[-1]['no_improvement']} {_unit(history)}")
     elif stopped: lines = [f"Stopped after step {steps} ({stopped}), saved; --resume goes on from there. Time: {minutes}"]
-    if best: lines.append(f"Best model: {_place(best)} with validation loss {best['loss']:.4f}")
+    if best: lines.append(f"Best model: {r.get('how') or _place(best)} with validation loss {r.get('loss', best['loss']):.4f}")
     if r.get('path'): lines.append(f"Best checkpoint available at: {r['path']}")
     return '\n'.join(lines)
 

@@ -401,11 +401,14 @@ def _finish(job, store, record, model, history, at, say, processes):
     if not processes.first: return run
     result = dict(step=at.step, best_step=at.best_step, best_epoch=at.best_epoch, best_loss=at.best_loss if at.best_epoch else None, seconds=round(at.seconds, 1))
     over = at.stopped in ('', 'early stopping')
-    job.note({**record, 'status': at.stopped or 'complete', 'result': result, **(job.conclude(store, record, model, history, say) if over else {})})
+    ending = job.conclude(store, record, model, history, say) if over else {}
+    job.note({**record, 'status': at.stopped or 'complete', 'result': result, **ending})
     job.tidy()
     try: save_curve(history, job.folder/'curve.png')
     except OSError as e: aside(f"{job.folder/'curve.png'} cannot be written ({e.strerror}); the run itself is whole")
-    history.add('done', seconds=at.seconds, stopped=at.stopped, path=str(store.folder/store.best) if at.best_epoch else None)
+    stage = ending.get('stage', {})
+    made = dict(how=stage['how'], loss=Score(**stage['after'][stage['domain']]).loss) if stage.get('how') else {}
+    history.add('done', seconds=at.seconds, stopped=at.stopped, path=str(store.folder/store.best) if at.best_epoch else None, **made)
     if over:
         say(f"Curves: {job.folder/'curve.png'}\n\nA sample of what it writes:\n  " + run.generate('', max_tokens=min(60, job.shape.max_seq_len-1), temperature=.7, top_p=.9, seed=job.loop.seed).strip().replace('\n', '\n  '))
     return run

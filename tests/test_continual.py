@@ -12,9 +12,11 @@ from continual_llm.compare import compare_runs
 from continual_llm.continual import Learned, Stage, continual_learn, remember_domain
 from continual_llm.core import UserError, read_json, write_json
 from continual_llm.generate import load_model
+from continual_llm.history import History
 from continual_llm.lineage import history, matrix
 from continual_llm.lora import load_adapter, merge_lora
 from continual_llm.memory import domains
+from continual_llm.monitor import done_lines
 from continual_llm.tokenizer import train_tokenizer
 from continual_llm.train import carry_out, pretrain
 from tests.test_options import LINES, SHAPE, WORDS, shows, SHOWN, options
@@ -189,6 +191,9 @@ def test_retry(teach, home):
     found = teach(max_steps=20, max_forgetting=limit, retry=True)
     assert not found.refused and limit/3 < found.verdict.change <= limit
     assert found.after['code'].bits_per_byte < found.before['code'].bits_per_byte
+    told = History()
+    told.restore(dict(records=[json.loads(line) for line in (found.folder/'metrics.jsonl').read_text().splitlines()]))
+    assert f"Best model: {found.how} with validation loss {found.after['code'].loss:.4f}" in done_lines(told.records[-1], told)
     if found.how.startswith('alpha'):
         a, old, new = float(found.how.split()[1]), weights(teach(method='frozen')), weights(plain)
         for k in old: torch.testing.assert_close(weights(found)[k], old[k] + a*(new[k] - old[k]), atol=1e-3, rtol=1e-3)
@@ -315,6 +320,7 @@ def test_methods(teach):
         weak, strong = moved(method=method, strength=.001), moved(method=method, strength=1000.)
         assert strong < weak and strong < .9*naive, method
         assert same(weights(teach(method=method)), weights(teach(method=method, strength=teaching.PULL[method])))  # unless one is given
+        assert read_json(teach(method=method).folder/'run.json', 'run')['settings']['strength'] == teaching.PULL[method]
     assert len({naive, moved(method='distill', distill=.2), moved(method='distill', distill=.9), moved(method='self'), moved(method='replay')}) == 5
     assert moved(method='lora', rank=1) != moved(method='lora', rank=4)
     stage = teach(method='lora', rank=2)
@@ -501,7 +507,7 @@ def test_branch(teach, home, tmp_path):
     (dict(method='replay', replay=-.1), 'replay=-0.1'), (dict(method='replay', replay=math.nan), 'replay=nan'), (dict(replay=.1), 'does nothing'), (dict(strength=2.), 'does nothing'),
     (dict(method='l2', strength=0.), 'strength=0'), (dict(method='lora', rank=0), 'rank=0'), (dict(method='distill', distill=2.), 'distill=2'), (dict(max_forgetting=-.1), 'max_forgetting=-0.1'),
     (dict(max_forgetting=math.nan), 'max_forgetting=nan'), (dict(memory=2.), 'memory=2'), (dict(model='bare'), 'continual-llm remember --model'), (dict(model='nowhere'), 'no checkpoint at'),
-    (dict(method='frozen', retry=True), 'retry does nothing'), (dict(val_data='code.txt', val_split=.1), 'both name validation text'), (dict(epochs=0), 'epochs=0'), (dict(retry=1), 'retry=1'), (dict(method='lora+l2'), 'nothing to pull back'), (dict(schedule='step'), 'step')])
+    (dict(method='frozen', retry=True), 'retry does nothing'), (dict(val_data='code.txt', val_split=.1), 'both name validation text'), (dict(epochs=0), 'epochs=0'), (dict(retry=1), 'retry=1'), (dict(method='lora+l2'), 'nothing to pull back'), (dict(method='ewc+l2'), 'leave one of them out'), (dict(schedule='step'), 'step')])
 def test_bad_input(teach, home, tmp_path, bad, line):
     "One line, and nothing is written"
     (home/'empty.txt').write_text('')
