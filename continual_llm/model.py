@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint as recomputed
 from .attention import Attention, rotary_table
 from .core import UserError, as_path, fields_in_range, nearest, one_of, read_small, shown, yes_or_no
 from .ops import Dropout, next_token_nats
@@ -204,6 +205,8 @@ def _size(w): return ' x '.join(map(str, getattr(w, 'shape', ['no tensor'])))
 # %% ../nbs/04_model.ipynb #0bc72bac
 class ContinualLLM(nn.Module):
     "Decoder-only transformer: Llama with the defaults (Touvron et al. 2023), Qwen3 with `qk_norm`"
+    recompute = False # set to keep the input of each layer alone in training, and compute the layer again for its gradients (Chen et al. 2016)
+
     def __init__(self,
         config:ModelConfig, # its shape
     ):
@@ -239,7 +242,8 @@ class ContinualLLM(nn.Module):
             raise UserError(f"ids of shape {tuple(ids.shape)} are not (texts, tokens) with at most max_seq_len={most} tokens")
         place, mask = (slice(T), None) if cache is None else cache.open(T)
         x, cos, sin = self.drop(self.embed(ids)), self.cos[place], self.sin[place]
-        for i, block in enumerate(self.blocks): x = block(x, cos, sin, cache, i, mask)
+        again = self.recompute and self.training and cache is None and torch.is_grad_enabled()
+        for i, block in enumerate(self.blocks): x = recomputed(block, x, cos, sin, use_reentrant=False) if again else block(x, cos, sin, cache, i, mask)
         return self.norm(x)
 
     @property

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS_OF_A_RUN', 'QUICK', 'holds_run', 'check_folder', 'read_record', 'check_room', 'clear_run', 'check_same',
            'machine', 'Run', 'validation_share', 'read_texts', 'make_parts', 'keep_tokenizer', 'Job', 'carry_out',
-           'count_params', 'with_vocabulary', 'compiler_says', 'check_compiler', 'as_before', 'compiling', 'pretrain',
-           'quickstart']
+           'with_vocabulary', 'memory_bound', 'within', 'compiler_says', 'check_compiler', 'as_before', 'compiling',
+           'pretrain', 'quickstart']
 
 # %% ../nbs/12_train.ipynb #9f465ed2
 import contextlib, os, platform, shutil
@@ -27,6 +27,7 @@ from .history import History, aside, draw
 from .loop import LoopConfig, Parts, fit
 from .memory import domain_name, memory_share, remember
 from .metrics import Score
+from .footprint import count_params, fit_blocks
 from .model import ContinualLLM, ModelConfig, config_fields, model_config
 from .monitor import Console, JsonLines, LiveFigure, banner, save_curve
 from .optim import OptimConfig, make_optimizer
@@ -241,6 +242,7 @@ class Job:
     compiled:bool=False     # is the training step compiled?
     domain:str='base'       # what the text is called from now on
     memory:float|None=None  # share of its training tokens that is remembered; None as `remember` has it
+    recompute:bool=False    # is each layer computed again for its gradients? The numbers are the same
     best = Checkpoints.best # where the best checkpoint is published
 
     @property
@@ -374,6 +376,7 @@ def _train(job, store, record, state, quiet, say, views, processes):
     "The run itself, inside its lock and settings"
     loop = job.loop
     model = job.make_model()
+    model.recompute = job.recompute
     _describe(job.shape, model.n_params(), say)
     say(f"\nTotal training steps: {loop.total}\nLearning rate schedule: warmup {loop.warmup_steps} steps, then {_COURSES[loop.schedule]}\n\nStarting training...")
     history = _history(job, state, quiet, views, processes)
@@ -414,12 +417,6 @@ def _finish(job, store, record, model, history, at, say, processes):
     return run
 
 # %% ../nbs/12_train.ipynb #bfffee5b
-def count_params(
-    shape:ModelConfig,
-)->int:
-    "Parameters of a model, without making it"
-    with torch.device('meta'): return ContinualLLM(shape).n_params()
-
 def with_vocabulary(
     config,               # as asked for
     shape:ModelConfig,    # what came of it
@@ -430,6 +427,34 @@ def with_vocabulary(
     if insisted not in (None, len(tokenizer)):
         raise UserError(f"vocab_size={insisted} in {config} but the tokenizer has {len(tokenizer)} pieces; leave vocab_size out of the config")
     return replace(shape, vocab_size=len(tokenizer))
+
+# %% ../nbs/12_train.ipynb #74708c1c
+def memory_bound(
+    limit:float, # GB, 0 for none
+    device,      # that will compute
+)->float:
+    "A bound on memory, checked"
+    in_range('max_memory', limit, 0, hint='give GB, or 0 for no bound')
+    if limit and torch.device(device).type != 'cpu': raise UserError(f"max_memory={limit:g} bounds a process on the CPU, and this one computes on {device}; leave it out and give batch_size, or --recompute")
+    return limit
+
+def within(
+    limit:float,              # GB that the process may take
+    shape:ModelConfig,
+    batch_size:int, grad_accumulation:int, # as asked for
+    precision:str, optimizer:str, recompute:bool,
+    folder,                   # of the run that is resumed; None where one begins
+    say,                      # gets a line, if they change
+    more:float=0.,            # bytes that will stand beside the model
+)->tuple:                     # batch size and accumulation that stay within it
+    "Micro-batches that memory allows"
+    import psutil
+    count_params(shape)  # what it loads is there from now on
+    total = batch_size*grad_accumulation
+    if folder is not None and total % (was := read_record(folder)['settings'].get('batch_size', batch_size)) == 0: return was, total//was
+    found = fit_blocks(shape, batch_size, grad_accumulation, limit, standing=psutil.Process().memory_info().rss + more, optimizer=optimizer, precision=precision, recompute=recompute)
+    if found != (batch_size, grad_accumulation): say(f"At most {limit:g} GB: {found[0]} blocks at once instead of {batch_size}, {found[1]} batches to a step")
+    return found
 
 # %% ../nbs/12_train.ipynb #3863ac6e
 def compiler_says(
@@ -493,6 +518,8 @@ def pretrain(
     device:str='auto',                # where to compute: `auto`, `cuda`, `mps` or `cpu`
     precision:str='auto',             # `fp32`, `bf16`, or `auto` for what the hardware multiplies natively
     compile:bool=False,               # compile the training step with torch.compile, which takes a minute to begin
+    recompute:bool=False,             # keep the input of each layer alone and compute the layer again for its gradients: less memory, a third more work
+    max_memory:float=0.,              # GB that the process may take (CPU): fewer blocks go through the model at once, and more batches are added up; 0 sets no bound
     deterministic:bool=False,         # the same bits also when compiled, on a GPU, or from two processes; at some cost
     spike:float=8.,                   # leave out a step whose loss or gradient lies this many spreads above the usual; 0 only what is not finite
     eval_every:int=0,                 # steps between evaluations; 0 evaluates at the end of each epoch alone
@@ -511,13 +538,13 @@ def pretrain(
     where = pick_device(device)
     batch_size, grad_accumulation, vocab_size = [in_range(n, v, 1, whole=True) for n, v in dict(batch_size=batch_size, grad_accumulation=grad_accumulation, vocab_size=vocab_size).items()]
     eval_tokens, seed = [in_range(n, v, 0, whole=True) for n, v in dict(eval_tokens=eval_tokens, seed=seed).items()]
-    switches = dict(compile=compile, deterministic=deterministic, resume=resume, overwrite=overwrite, quiet=quiet)
-    compile, deterministic, resume, overwrite, quiet = [yes_or_no(n, v) for n, v in switches.items()]
+    switches = dict(compile=compile, recompute=recompute, deterministic=deterministic, resume=resume, overwrite=overwrite, quiet=quiet)
+    compile, recompute, deterministic, resume, overwrite, quiet = [yes_or_no(n, v) for n, v in switches.items()]
     loop = LoopConfig(1, epochs, learning_rate, warmup_steps, early_stopping_patience=early_stopping_patience, max_grad_norm=max_grad_norm, spike=spike,
                       schedule=schedule, eval_every=eval_every, max_steps=max_steps, max_time=max_time, save_every=save_every, keep_epochs=keep_epochs,
                       precision=pick_precision(precision, where), device=str(where), seed=seed)
     optim, shape = OptimConfig(optimizer, weight_decay), model_config(config, max_seq_len=max_seq_len, dropout=dropout)
-    domain, memory = domain_name(domain), memory_share(memory)
+    domain, memory, max_memory = domain_name(domain), memory_share(memory), memory_bound(max_memory, where)
     if compile: check_compiler(where)
     share = validation_share(val_data, val_split)
     with join_processes(where) as processes:
@@ -537,12 +564,13 @@ def pretrain(
         tok = tok or Tokenizer(*lead(processes, lambda: (t := train_tokenizer(data, vocab_size=vocab_size, field=field)) and (t.model, t.options)))
         with in_turn(processes): train, val = read_texts(source, val_source, share, tok, seed, cache, say)
         shape = with_vocabulary(config, shape, tok)
+        if max_memory: batch_size, grad_accumulation = lead(processes, lambda: within(max_memory, shape, batch_size, grad_accumulation, loop.precision, optim.optimizer, recompute, folder if resume else None, say))
         batches = Batches(train.ids, shape.max_seq_len, batch_size, grad_accumulation, seed, tok.bos_id, processes.rank, processes.world, halves=deterministic)
         loop = replace(loop, steps_per_epoch=batches.steps_per_epoch)
         warmup, note = fit_warmup(warmup_steps, loop.total)
         if note: say(note)
         if not resume: lead(processes, lambda: check_room(folder, count_params(shape), min(epochs, keep_epochs or epochs)))
-        job = Job(folder, shape, replace(loop, warmup_steps=warmup), optim, tok, train, val, batches, eval_tokens, deterministic, compile, domain, memory)
+        job = Job(folder, shape, replace(loop, warmup_steps=warmup), optim, tok, train, val, batches, eval_tokens, deterministic, compile, domain, memory, recompute)
         return carry_out(job, resume, overwrite, quiet, processes=processes)
 
 # %% ../nbs/12_train.ipynb #7c14b571

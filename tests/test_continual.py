@@ -1,6 +1,7 @@
 "Stages: resumable like any run, their gate surviving a kill; each option of `continual_learn` changes what it says; a story of three domains"
 import json, math, os, shutil, signal, socket, subprocess, sys, time
 from dataclasses import replace
+from types import SimpleNamespace
 import pytest
 import torch
 from continual_llm import continual as teaching
@@ -11,11 +12,13 @@ from continual_llm.cli import main
 from continual_llm.compare import compare_runs
 from continual_llm.continual import Learned, Stage, continual_learn, remember_domain
 from continual_llm.core import UserError, read_json, write_json
+from continual_llm.footprint import SPARE, run_bytes
 from continual_llm.generate import load_model
 from continual_llm.history import History
 from continual_llm.lineage import history, matrix
 from continual_llm.lora import load_adapter, merge_lora
 from continual_llm.memory import domains
+from continual_llm.model import Block, ModelConfig
 from continual_llm.monitor import done_lines
 from continual_llm.tokenizer import train_tokenizer
 from continual_llm.train import carry_out, pretrain
@@ -403,6 +406,24 @@ def test_rates(teach):
     assert column(teach(warmup_steps=3), 'step', 'lr')[:4] == pytest.approx([.001 + .009*i/4 for i in (1, 2, 3)] + [.01])
     assert column(teach(warmup_steps=0, learning_rate=.002), 'step', 'lr')[0] == .002
     assert column(teach(warmup_steps=1, schedule='wsd', max_steps=10), 'step', 'lr')[1:8] == [.01]*7
+
+
+@shows(continual_learn, 'recompute', 'max_memory')
+def test_less_memory(teach, monkeypatch):
+    "The same numbers from layers computed again; fewer blocks at once where memory is bounded, fewer still where a method holds more beside the model; a resumed stage keeps its own"
+    plain, calls, real = weights(teach(method='replay')), [], Block.forward
+    monkeypatch.setattr(Block, 'forward', lambda self, *a, **kw: calls.append(self.training) or real(self, *a, **kw))
+    assert same(weights(teach(method='replay', recompute=True)), plain) and sum(calls) == 6*2*SHAPE['n_layers']
+    monkeypatch.setattr('psutil.Process.memory_info', lambda self: SimpleNamespace(rss=3e8))
+    shape = ModelConfig(**SHAPE, vocab_size=300)
+    bound = SPARE*run_bytes(shape, 8, 3e8, precision='fp32')/1e9 + 1e-9
+    def size(stage): return [read_json(stage.folder/'run.json', 'run')['settings'][k] for k in ('batch_size', 'blocks_per_step')]
+    naive, beside = [teach(method=method, batch_size=8, max_memory=bound, max_time=1e-9) for method in ('naive', 'ewc')]
+    assert size(naive) == [8, 8] and size(beside) == [4, 8]
+    monkeypatch.setattr('psutil.Process.memory_info', lambda self: SimpleNamespace(rss=9e9))
+    again = teach(method='ewc', batch_size=8, max_memory=bound, resume=True, save_dir=str(beside.folder))
+    assert not again.stopped and size(again) == [4, 8]
+    with pytest.raises(UserError, match='max_memory=0.3'): teach(max_memory=.3)
 
 
 @shows(continual_learn, 'dropout', 'optimizer', 'weight_decay', 'max_grad_norm', 'seed', 'spike', 'precision', 'deterministic', 'compile')

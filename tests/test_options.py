@@ -1,17 +1,20 @@
 "Every option does what its comment says: each is changed alone, and what follows is checked against a value worked out by hand"
-import inspect, json, math
+import inspect, json, math, subprocess, sys
 from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from continual_llm.cli import generate_command, main
-from continual_llm.core import UserError, multiplies_bf16, seed_everything
+from continual_llm.core import UserError, multiplies_bf16, read_json, seed_everything
 from continual_llm.evaluate import evaluate
+from continual_llm.footprint import SPARE, run_bytes
 from continual_llm.generate import Sampling, generate, load_model
 from continual_llm.memory import domains
-from continual_llm.model import ContinualLLM, ModelConfig, model_config
+from continual_llm.model import Block, ContinualLLM, ModelConfig, model_config
 from continual_llm.tokenizer import Tokenizer, train_tokenizer
-from continual_llm.train import pretrain
+from continual_llm.train import memory_bound, pretrain
 
 WORDS = 'cat horse hen fox owl elephant mat log hillside road'.split()
 LINES = [f'the {a} sat on the {b} and saw the {c} .\n\n' for a in WORDS for b in WORDS for c in WORDS[:3]]
@@ -80,6 +83,56 @@ def one_step(train, **changes):
     "Weights after one step, less those before it, at a rate of 0.01"
     before, after = weights_at_birth(), newest(train(max_steps=1, **changes))
     return {name: after[name] - before[name] for name in before}
+
+
+@shows(pretrain, 'recompute')
+def test_recompute(train, monkeypatch):
+    "Every layer is computed twice in a training step, and all numbers are the same"
+    plain = newest(train(dropout=.2))
+    calls, real = [], Block.forward
+    monkeypatch.setattr(Block, 'forward', lambda self, *a, **kw: calls.append(self.training) or real(self, *a, **kw))
+    again = train(dropout=.2, recompute=True)
+    assert all(torch.equal(w, plain[k]) for k, w in newest(again).items())
+    assert sum(calls) == 3*2*SHAPE['n_layers'] and not again.model.training  # three steps
+    assert again.generate('the cat', max_tokens=4)
+
+
+@shows(pretrain, 'max_memory')
+def test_max_memory(train, home, monkeypatch, capsys):
+    "Fewer blocks at once, as many as what is foretold allows; a resumed run keeps its own; what cannot fit is refused before anything is written"
+    monkeypatch.setattr('psutil.Process.memory_info', lambda self: SimpleNamespace(rss=3e8))
+    shape = ModelConfig(**SHAPE, vocab_size=300)
+    bound = {n: SPARE*run_bytes(shape, n, 3e8, precision='fp32')/1e9 + 1e-9 for n in (1, 2, 3, 8)}
+    def plan(**more):
+        run = train(batch_size=8, max_steps=1, quiet=False, **more)
+        settings = read_json(run.folder/'run.json', 'run')['settings']
+        return settings['batch_size'], settings['blocks_per_step'], 'blocks at once instead of 8' in capsys.readouterr().out
+    assert plan() == plan(max_memory=bound[8]) == (8, 8, False)
+    assert [plan(max_memory=bound[n]) for n in (3, 2, 1)] == [(2, 8, True), (2, 8, True), (1, 8, True)]  # three would fit, and do not divide the step
+    more = dict(batch_size=8, eval_every=1, max_memory=bound[2], save_dir=str(home/'bounded'))
+    left = train(max_time=1e-9, **more)
+    monkeypatch.setattr('psutil.Process.memory_info', lambda self: SimpleNamespace(rss=9e9))
+    assert left.stopped == 'max_time' and read_json(train(resume=True, **more).folder/'run.json', 'run')['settings']['batch_size'] == 2
+    with pytest.raises(UserError, match='max_memory=0.3: one block at once takes 9'): train(max_memory=.3, save_dir=str(home/'none'))
+    assert not (home/'none').exists()
+    with pytest.raises(UserError, match='max_memory=-1'): train(max_memory=-1)
+    with pytest.raises(UserError, match='max_memory=2 bounds a process on the CPU'): memory_bound(2, 'cuda')
+
+
+PEAK = """
+import resource, sys, torch
+from continual_llm.train import pretrain
+torch.set_num_threads(1)
+data, tok, cache, folder, limit = sys.argv[1:]
+pretrain(data, dict(d_model=256, n_layers=6, n_heads=8, n_kv_heads=2, d_ff=768, max_seq_len=256), tokenizer=tok, cache=cache, save_dir=folder, batch_size=32, grad_accumulation=1, max_steps=2, max_memory=float(limit))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e9 if sys.platform == 'darwin' else 1e6/1.024))
+"""
+
+def test_a_process_stays_within_its_bound(home, tmp_path):
+    "A real process, whose peak the system tells; unbounded, this run would take 1.4 GB"
+    said = subprocess.run([sys.executable, '-c', PEAK, home/'text.txt', home/'tok', home/'cache', tmp_path/'run', '.75'], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
+    assert 'At most 0.75 GB: ' in said and 'instead of 32' in said
+    assert .45 < float(said.splitlines()[-1]) <= .75, said
 
 
 @shows(pretrain, 'spike')
