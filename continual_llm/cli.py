@@ -102,7 +102,8 @@ COMMANDS = {  # name -> (what it is for, what describes its flags, what runs it)
     'continual-learn': ('teach a model a new domain, and keep the old ones', 'continual_llm.continual:continual_learn', None),
     'history': ('show which model came from which, and what it knows', 'continual_llm.lineage:history', None),
     'remember': ('add a domain to what a run remembers', 'continual_llm.continual:remember_domain', None),
-    'verify-resume': ('kill a run of yours at random moments and compare', 'continual_llm.verify:verify_resume', None)}
+    'verify-resume': ('kill a run of yours at random moments and compare', 'continual_llm.verify:verify_resume', None),
+    'bench': ('measure this machine, and a model on it', 'continual_llm.bench:bench', None)}
 
 def usage()->str:
     "What `continual-llm` alone prints"
@@ -124,7 +125,7 @@ def run_command(
     if argv[0] == 'train-tokenizer' and not given.get('save'): raise UserError("--save is missing, so the tokenizer would be kept nowhere; give a folder such as tokenizers/mine")
     result = (_load(runs) if runs else function)(**given)
     stopped = getattr(result, 'stopped', '')
-    if argv[0] in ('train-tokenizer', 'evaluate', 'verify-resume', 'history', 'remember'): print(result)
+    if argv[0] in ('train-tokenizer', 'evaluate', 'verify-resume', 'history', 'remember', 'bench'): print(result)
     if not getattr(result, 'identical', True): return 1
     if getattr(result, 'refused', False): return 3
     return 128 + signal.Signals[stopped] if stopped in ('SIGINT', 'SIGTERM') else 0
