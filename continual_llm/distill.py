@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from .core import UserError, in_range, numpy_generator
 from .generate import Reader, Sampling, banned_pieces, choose, evaluating
-from .ops import next_token_nats, product_dtype
+from .ops import next_token_nats, product_dtype, softmax_into
 
 # %% ../nbs/12b_distill.ipynb #8e3b32f3
 def _log_sum(s, p): return s.amax(1).to(p.dtype) - p.amax(1).log()  # of exp(s), where p is the softmax already
@@ -20,7 +20,7 @@ def _log_sum(s, p): return s.amax(1).to(p.dtype) - p.amax(1).log()  # of exp(s),
 def _softened(s, tau, out):
     "Nats (n,) that the scores (n,V) divided by `tau` add up to, and their softmax, in the room that is given"
     s = s if tau == 1 else s.to(out.dtype)/tau
-    p = torch.softmax(s, 1, dtype=out.dtype, out=out)
+    p = softmax_into(s, out)
     return _log_sum(s, p), p
 
 # %% ../nbs/12b_distill.ipynb #fa23baa8
@@ -45,7 +45,7 @@ class _MixedNats(torch.autograd.Function):
                 all_in, soft = _softened(s[:k], tau, p_tau[:k])
                 grad.mul_(1-share).add_(soft, alpha=share*tau)
             total = total + (nats + share*tau**2*(all_in - (here.to(wide)*expected).sum(1)/tau)).sum()
-            grad = grad.to(dtype)
+            grad = grad if dtype == wide else s[:k].copy_(grad)  # where the scores were
             dh[i:i+k] = grad @ m - share*tau*expected - (1-share)*m[came]
             if dw is not None: dw.add_(grad.T @ here).sub_(q[:k].T @ here, alpha=share*tau).index_add_(0, came, here.to(dw.dtype), alpha=share-1)
         ctx.save_for_backward(dh, dw)

@@ -18,6 +18,12 @@ def product_dtype(x):
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
+def softmax_into(scores, room):
+    "The softmax of each row in the type of `room` and in its place"
+    return torch.softmax(room.copy_(scores), 1, out=room)
+
+TINY = 1e-20 # a probability below is not trusted to have a log
+
 @torch.no_grad()
 def _slices(hidden, weight, targets, rows, grads):
     "Nats of each token (N,) and, if asked, the gradient of their sum in `hidden` (N,d) and `weight` (V,d)"
@@ -28,13 +34,15 @@ def _slices(hidden, weight, targets, rows, grads):
     for i in range(0, N, rows):
         x, y = h[i:i+rows], targets[i:i+rows, None]                                   # (n,d), (n,1)
         s = torch.mm(x, w.T, out=scores[:len(x)])                                     # (n,V)
-        p = torch.softmax(s, 1, dtype=wide, out=probs[:len(x)])
-        nats[i:i+rows] = s.amax(1).to(wide) - p.amax(1).log() - s.gather(1, y)[:, 0]
+        p = softmax_into(s, probs[:len(x)])
+        of_target = p.gather(1, y)[:, 0]
+        nats[i:i+rows] = s.amax(1).to(wide) - p.amax(1).log() - s.gather(1, y)[:, 0] if (of_target < TINY).any() else -of_target.log()
         if not grads: continue
         p.scatter_add_(1, y, p.new_full(y.shape, -1.))
-        torch.mm(p.to(dtype), w, out=dh[i:i+rows])
+        p = p if dtype == wide else s.copy_(p)
+        torch.mm(p, w, out=dh[i:i+rows])
         if dtype == weight.dtype: dw.addmm_(p.T, x)
-        else: dw += p.to(dtype).T @ x
+        else: dw += p.T @ x
     return nats, dh.to(hidden.dtype), dw
 
 class _SummedNats(torch.autograd.Function):
