@@ -41,7 +41,7 @@ def flops_per_token(
     "What training on one token takes"
     return 6*matrix_numbers(shape) + (6 if causal else 12)*shape.n_layers*(seq_len or shape.max_seq_len)*_widths(shape)[1]
 
-# %% ../nbs/04a_footprint.ipynb #fdd7db5a
+# %% ../nbs/04a_footprint.ipynb #868259d2
 def _word(precision): return {'bf16': 2, 'fp32': 4}[one_of('precision', precision, ('bf16', 'fp32'))]
 
 def layer_bytes(
@@ -51,7 +51,7 @@ def layer_bytes(
 )->int:                    # bytes a token
     "What one layer keeps for the backward pass (CPU)"
     w, (d, h, k) = _word(precision), _widths(shape)
-    kept = (16 + 2*w)*d + 8 + 4*w*shape.d_ff + 2*w*d*(shape.dropout > 0) + 4*(shape.n_heads + shape.n_kv_heads)*shape.qk_norm
+    kept = (8 + 2*w)*d + 8 + 4*w*shape.d_ff + 2*w*d*(shape.dropout > 0) + 4*(shape.n_heads + shape.n_kv_heads)*shape.qk_norm
     if not shape.attn_dropout: return kept + 3*w*(h + k) + 4*shape.n_heads + (8-w)*(h + k)*shape.qk_norm
     return kept + (12 + w)*h + 12*(seq_len or shape.max_seq_len)*shape.n_heads + ((4 + w)*h + 3*w*k)*shape.qk_norm
 
@@ -63,7 +63,7 @@ def activation_bytes(
 )->int:                    # bytes a token of the micro-batch
     "What is kept for the backward pass, from the end of the forward pass (CPU)"
     d, layer = shape.d_model, layer_bytes(shape, precision, seq_len)
-    return (4*d if recompute else layer)*shape.n_layers + 12*d + 12 + 4*d*(shape.dropout > 0)
+    return (4*d if recompute else layer)*shape.n_layers + 8*d + 12 + 4*d*(shape.dropout > 0)
 
 # %% ../nbs/04a_footprint.ipynb #e85d060e
 SLICE = 512 # tokens whose scores are held at once

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 from .attention import Attention, rotary_table
 from .core import UserError, as_path, fields_in_range, nearest, one_of, read_small, shown, yes_or_no
-from .ops import Dropout, next_token_nats
+from .ops import Dropout, RMSNorm, next_token_nats, product_dtype, swiglu
 
 # %% ../nbs/04_model.ipynb #6a4ccd06
 LARGEST = dict(vocab_size=1_000_000, d_model=65_536, n_layers=1000, n_heads=1024, n_kv_heads=1024, d_ff=1_048_576, max_seq_len=1_048_576)
@@ -163,8 +163,7 @@ class FeedForward(nn.Module):
         x:torch.Tensor, # (B,T,d_model)
     )->torch.Tensor:    # (B,T,d_model)
         "Each token by itself"
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate)*up)
+        return self.down(swiglu(self.gate_up(x)))
 
 # %% ../nbs/04_model.ipynb #f13d3499
 class Block(nn.Module):
@@ -173,9 +172,9 @@ class Block(nn.Module):
         config:ModelConfig, # the shape
     ):
         super().__init__()
-        self.attn_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attn = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = FeedForward(config)
         self.drop = Dropout(config.dropout)
 
@@ -188,8 +187,9 @@ class Block(nn.Module):
         mask=None,         # the mask it gave
     )->torch.Tensor:       # (B,T,d_model)
         "Read, add, read, add"
-        x = x + self.drop(self.attn(self.attn_norm(x), cos, sin, cache, layer, mask))
-        return x + self.drop(self.mlp(self.mlp_norm(x)))
+        kind = product_dtype(x)
+        x = x + self.drop(self.attn(self.attn_norm(x, kind), cos, sin, cache, layer, mask))
+        return x + self.drop(self.mlp(self.mlp_norm(x, kind)))
 
 # %% ../nbs/04_model.ipynb #9b1a68eb
 def _check_fit(wanted, weights):
@@ -215,7 +215,7 @@ class ContinualLLM(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.drop = Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layers)])
-        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self._make_tables()
         self.init_weights()
