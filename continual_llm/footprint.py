@@ -65,7 +65,7 @@ def activation_bytes(
     d, layer = shape.d_model, layer_bytes(shape, precision, seq_len)
     return (4*d if recompute else layer)*shape.n_layers + 8*d + 12 + 4*d*(shape.dropout > 0)
 
-# %% ../nbs/04a_footprint.ipynb #e85d060e
+# %% ../nbs/04a_footprint.ipynb #8acd6b8e
 SLICE = 512 # tokens whose scores are held at once
 
 def state_bytes(
@@ -85,7 +85,7 @@ def step_bytes(
 )->tuple:                  # bytes at its fullest moments: the end of the forward pass, with `recompute` the last layer's turn, the end of the backward pass
     "What a step takes beside what stands (CPU)"
     w, d, V, N = _word(precision), shape.d_model, shape.vocab_size, count_params(shape)
-    tokens, layer, half = n_blocks*(seq_len or shape.max_seq_len), layer_bytes(shape, precision, seq_len) + 2*w*shape.d_ff + 8, w == 2  # a layer with the gradients in gate and up
+    tokens, layer, half = n_blocks*(seq_len or shape.max_seq_len), layer_bytes(shape, precision, seq_len) + 3*w*shape.d_ff + 8, w == 2  # a layer with the gradients of its gate
     copies, own = 2*N*half, 2*layer_numbers(shape)*half  # of all weights, and of a layer's
     scores = (4 + 4*half)*V*d + min(SLICE, tokens)*V*(w + 4) # gradient and copies of the output matrix; scores and probabilities of a slice
     forward = tokens*(activation_bytes(shape, precision, recompute, seq_len) + 4*d + 4) + copies + scores
