@@ -6,7 +6,7 @@
 __all__ = ['SIZES', 'PROMPT', 'WRITTEN', 'CROWDED', 'UNSTEADY', 'WORTH', 'Figure', 'interleaved', 'limit_tasks', 'precisions',
            'train_task', 'write_task', 'advice', 'BenchReport', 'machine_line', 'bench']
 
-# %% ../nbs/17_bench.ipynb #9f0b1d47
+# %% ../nbs/17_bench.ipynb #20b49d5a
 import os, platform, statistics, time
 from dataclasses import asdict, dataclass, field, replace
 import torch
@@ -16,6 +16,7 @@ from .generate import Reader, Sampling, choose
 from .loop import LoopConfig, Parts, take_step
 from .model import ContinualLLM, model_config
 from .optim import OptimConfig, make_optimizer
+from .quantize import quantized
 
 # %% ../nbs/17_bench.ipynb #d820b61a
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def precisions(
     "What can be trained in at speed: fp32, and bf16 where the hardware multiplies it"
     return dict(fp32=torch.float32) | (dict(bf16=torch.bfloat16) if multiplies_bf16(device) else {})
 
-# %% ../nbs/17_bench.ipynb #6cc529bd
+# %% ../nbs/17_bench.ipynb #226e1398
 def train_task(
     shape,          # a `ModelConfig`
     batch_size:int, # blocks of a step, all at once
@@ -104,9 +105,11 @@ PROMPT, WRITTEN = 16, 48 # tokens that are read before writing, and that are wri
 def write_task(
     shape, rows:int, # texts at once
     device,
+    int8:bool=False, # with weights of eight bits?
 )->tuple:
     "Reading a prompt and writing on, greedily"
     model = ContinualLLM(replace(shape, max_seq_len=max(shape.max_seq_len, PROMPT + WRITTEN))).to(device).eval()
+    if int8: model = quantized(model)
     prompts, greedy = numpy_generator(0, 'bench').integers(shape.vocab_size, size=(rows, PROMPT)).tolist(), Sampling(temperature=0.)
     def write():
         reader = Reader(model, prompts, WRITTEN)
@@ -114,7 +117,7 @@ def write_task(
         return reader.ids
     return rows*WRITTEN, 'tokens', write
 
-# %% ../nbs/17_bench.ipynb #4d554bcc
+# %% ../nbs/17_bench.ipynb #5abd595d
 CROWDED, UNSTEADY, WORTH = .5, 1.5, 1.1 # busy cores of other programs for each of ours; fastest round over slowest; gain that is worth a change
 
 def advice(
@@ -132,6 +135,7 @@ def advice(
     if alone := speed.get('training, one thread'):
         gain = max(v for k, v in speed.items() if k.startswith('training ') )/alone
         if gain < WORTH: lines.append(f"{threads} threads train {gain:.2f} x as fast as one: set OMP_NUM_THREADS=1 and leave the other cores to something else")
+    if (bytes := speed.get('writing, int8')) and bytes > WORTH*speed['writing']: lines.append(f"Weights of eight bits write {bytes/speed['writing']:.1f} x as fast: generate --int8")
     if (many := speed.get('writing 16 texts')) and many > 4*speed['writing']: lines.append(f"Sixteen texts at once are written {many/speed['writing']:.0f} x as fast as one after the other: give generate a list of prompts")
     return lines
 
@@ -171,7 +175,7 @@ def _readable(speed, unit):
     if unit == 'tokens': return f'{speed:,.0f} tokens/s'
     return f"{speed/1e9:,.1f} {dict(operations='GFLOP', bytes='GB')[unit]}/s"
 
-# %% ../nbs/17_bench.ipynb #2cef3497
+# %% ../nbs/17_bench.ipynb #1e37f62d
 def machine_line(
     device,
 )->str:
@@ -209,7 +213,7 @@ def bench(
     wait = torch.cuda.synchronize if where.type == 'cuda' else torch.mps.synchronize if where.type == 'mps' else lambda: None
     tasks = {f'training {name}': train_task(shape, batch_size, shape.max_seq_len, name, optimizer, where) for name in precisions(where)}
     if where.type == 'cpu' and torch.get_num_threads() > 1: tasks['training, one thread'] = (*(best := list(tasks.values())[-1])[:2], _on_one_thread(best[2]))
-    tasks |= {'writing': write_task(shape, 1, where), 'writing 16 texts': write_task(shape, 16, where)}
+    tasks |= {'writing': write_task(shape, 1, where), 'writing, int8': write_task(shape, 1, where, int8=True), 'writing 16 texts': write_task(shape, 16, where)}
     figures = {f.what: f for part in (limit_tasks(where), tasks) for f in interleaved(part, rounds, wait)}
     model = f"{config}: {count_params(shape):,} parameters, vocabulary {vocab_size:,}, {batch_size} blocks of {shape.max_seq_len} tokens, {optimizer}, no dropout; median of {rounds} rounds"
     report = BenchReport(machine_line(where), model, flops_per_token(shape), figures, advice(figures, torch.get_num_threads(), load))

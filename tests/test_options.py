@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
+from continual_llm import quantize
 from continual_llm.cli import generate_command, main
 from continual_llm.core import UserError, multiplies_bf16, read_json, seed_everything
 from continual_llm.evaluate import evaluate
@@ -560,6 +561,21 @@ def test_generate_places(made, home, tmp_path, capsys, monkeypatch):
     assert call('--device', 'cpu', '--model', str(tmp_path/'none'))[0] == 2
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     assert call('--device', 'cuda')[0] == 2
+
+
+@shows(generate_command, 'int8')
+def test_generate_int8(made, capsys, monkeypatch):
+    "The text is that of the model in bytes, which knows as much"
+    used, real = [], quantize.quantized
+    monkeypatch.setattr(quantize, 'quantized', lambda model: used.append(1) or real(model))
+    def text(*more):
+        with pytest.raises(SystemExit): main(['generate', '--model', str(made.folder), '--device', 'cpu', '--prompt', 'the cat', '--max_tokens', '30', *more])
+        return capsys.readouterr().out
+    assert text('--int8') == 'the cat' + generate(real(made.model), made.tokenizer, 'the cat', max_tokens=30) + '\n' and used == [1]
+    assert text() and used == [1]
+    ids = torch.tensor([made.tokenizer.encode(''.join(LINES))[:16*40]]).view(40, 16)
+    with torch.no_grad(): plain, bytes = [m.eval()(ids[:, :-1], targets=ids[:, 1:]).item() for m in (made.model, real(made.model))]
+    assert 0 < abs(plain - bytes) < .005*plain
 
 
 # ---- the table ----
