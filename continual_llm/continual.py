@@ -94,7 +94,7 @@ METHODS = dict(
     frozen='learn nothing: what the old model makes of the new text, a lower bound',
     joint='from fresh weights on all texts at once, with the steps of all stages together: an upper bound, for which the old texts are needed')
 ALONE = ('naive', 'frozen', 'joint')
-PULL = dict(l2=.3, ewc=100.) # their strengths unless one is given
+PULL = dict(l2=.003, ewc=10.) # their strengths unless one is given
 OPTIONS = dict(replay=(('replay', 'self'), .25, 1, '[)'), strength=(('l2', 'ewc'), PULL, math.inf, '()'),
                distill=(('distill',), .5, 1, '(]'), rank=(('lora',), 8, 1024, '[]'))  # option -> methods that use it, default, largest, ends
 
@@ -476,7 +476,7 @@ def continual_learn(
     field:str='text',                 # name of the text in the records of a `.jsonl` file
     method:str='replay+distill',      # against forgetting: naive, replay, self, l2, ewc, distill, interpolate, lora, frozen or joint; several joined by `+`
     replay:float|None=None,           # share of the training blocks that are old text (default with `replay` and `self`: 0.25)
-    strength:float|None=None,         # of the pull of `l2` and `ewc` (default: 0.3 and 100)
+    strength:float|None=None,         # of the pull of `l2` and `ewc` (default: 0.003 and 10)
     distill:float|None=None,          # share of the target that is the old model's opinion (default with `distill`: 0.5)
     rank:int|None=None,               # of the additions of `lora` (default: 8)
     old_data:str|None=None,           # training text of all old domains, which the method `joint` needs: a file, folder or glob

@@ -129,7 +129,7 @@ class Countdown:
 
 
 class FaultyFile:
-    "A file whose writes and flushes count down"
+    "A file whose writes and flushes count down, as its opening did"
     def __init__(self, file, count): self.file, self.count = file, count
     def __getattr__(self, name): return getattr(self.file, name)
     def __enter__(self): return self
@@ -143,8 +143,9 @@ def faulty(call, count):
     "Let one kind of call fail"
     if call == 'write':
         def opened(path, mode='r', *a, **kw):
-            file = open(path, mode, *a, **kw)
-            return FaultyFile(file, count) if 'w' in mode else file
+            if not set(mode) & set('wx'): return open(path, mode, *a, **kw)
+            count()
+            return FaultyFile(open(path, mode, *a, **kw), count)
         with patch.object(checkpoint, 'open', opened, create=True), patch.object(core, 'open', opened, create=True): yield
     else:
         real = getattr(os, call)
