@@ -175,7 +175,7 @@ def _readable(speed, unit):
     if unit == 'tokens': return f'{speed:,.0f} tokens/s'
     return f"{speed/1e9:,.1f} {dict(operations='GFLOP', bytes='GB')[unit]}/s"
 
-# %% ../nbs/17_bench.ipynb #1e37f62d
+# %% ../nbs/17_bench.ipynb #47deb4a2
 def machine_line(
     device,
 )->str:
@@ -210,7 +210,7 @@ def bench(
     if path is not None and not path.absolute().parent.is_dir(): raise UserError(f"save={save!r}: there is no folder {path.absolute().parent}; make it first")
     shape = model_config(config, vocab_size=vocab_size, max_seq_len=max_seq_len, dropout=0.)
     load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0.
-    wait = torch.cuda.synchronize if where.type == 'cuda' else torch.mps.synchronize if where.type == 'mps' else lambda: None
+    wait = (lambda: torch.cuda.synchronize(where)) if where.type == 'cuda' else torch.mps.synchronize if where.type == 'mps' else lambda: None
     tasks = {f'training {name}': train_task(shape, batch_size, shape.max_seq_len, name, optimizer, where) for name in precisions(where)}
     if where.type == 'cpu' and torch.get_num_threads() > 1: tasks['training, one thread'] = (*(best := list(tasks.values())[-1])[:2], _on_one_thread(best[2]))
     tasks |= {'writing': write_task(shape, 1, where), 'writing, int8': write_task(shape, 1, where, int8=True), 'writing 16 texts': write_task(shape, 16, where)}

@@ -35,7 +35,7 @@ from .replay import MixedBatches
 from .schedule import fit_warmup
 from .source import Source
 from .tokenizer import Tokenizer, tokenizer_of
-from .train import Job, as_before, carry_out, check_compiler, check_folder, check_room, memory_bound, read_record, read_texts, validation_share, within
+from .train import Job, as_before, carry_out, check_compiler, check_folder, check_room, check_saving, memory_bound, read_record, read_texts, validation_share, within
 
 # %% ../nbs/13_continual.ipynb #4f197d47
 @dataclass(frozen=True)
@@ -368,9 +368,10 @@ def _chosen(stage, model, before, candidate):
     end = _judged(stage, model, candidate['model_state_dict'], before, candidate.get('how', ''), candidate.get('alpha', 1.))
     if 'interpolate' not in stage.recipe.parts or candidate.get('how'): return end
     from continual_llm.merge import interpolate
-    old, ends = stage.parent.checkpoint['model_state_dict'], [end]
-    for alpha in (.9, .8, .7, .6, .5, .4, .3): ends.append(_judged(stage, model, interpolate(old, end.weights, alpha), before, f'alpha {alpha}', alpha))
-    return min(ends, key=lambda e: sum(s.bits_per_byte for s in e.after.values()))
+    old, best = stage.parent.checkpoint['model_state_dict'], end
+    def total(e): return sum(s.bits_per_byte for s in e.after.values())
+    for alpha in (.9, .8, .7, .6, .5, .4, .3): best = min(best, _judged(stage, model, interpolate(old, end.weights, alpha), before, f'alpha {alpha}', alpha), key=total)
+    return best
 
 def _gain(
     stage:Stage, before:dict, end:Outcome,
@@ -384,12 +385,13 @@ def _gentler(
 )->Outcome|None:    # one that passes and still knows the new domain better than the parent
     "The nearest model that would pass, on the line to the parent"
     from continual_llm.merge import bisect_alpha, interpolate
-    old, tried, how = stage.parent.checkpoint['model_state_dict'], {}, [w for w in end.how.split(', ') if w and not w.startswith('alpha')]
+    old, found, how = stage.parent.checkpoint['model_state_dict'], {}, [w for w in end.how.split(', ') if w and not w.startswith('alpha')]
     def passes(alpha):
-        tried[alpha] = _judged(stage, model, interpolate(old, end.weights, alpha), before, ', '.join([*how, f'alpha {alpha*end.alpha:.3f}']), alpha*end.alpha, end.adapter)
-        return tried[alpha].verdict.passed
+        tried = _judged(stage, model, interpolate(old, end.weights, alpha), before, ', '.join([*how, f'alpha {alpha*end.alpha:.3f}']), alpha*end.alpha, end.adapter)
+        if tried.verdict.passed and alpha > max(found, default=-1): found.clear(); found[alpha] = tried  # one model's weights at a time
+        return tried.verdict.passed
     alpha = bisect_alpha(passes)
-    return tried[alpha] if alpha and _gain(stage, before, tried[alpha]) > 0 else None
+    return found[alpha] if alpha and _gain(stage, before, found[alpha]) > 0 else None
 
 # %% ../nbs/13_continual.ipynb #e8462614
 def _retry(stage, model, before, end, near, say):
@@ -500,7 +502,7 @@ def continual_learn(
     precision:str='auto',             # `fp32`, `bf16`, or `auto` for what the hardware multiplies natively
     compile:bool=False,               # compile the training step with torch.compile, which takes a minute to begin
     recompute:bool=False,             # keep the input of each layer alone and compute the layer again for its gradients: less memory, a third more work
-    max_memory:float=0.,              # GB that the process may take (CPU): fewer blocks go through the model at once, and more batches are added up; 0 sets no bound
+    max_memory:float=0.,              # GB that the process may take (CPU): fewer blocks go through the model at once, and more batches are added up; 0 sets no bound; to be given again with `resume`
     deterministic:bool=False,         # the same bits also when compiled, on a GPU, or from two processes; at some cost
     spike:float=8.,                   # leave out a step whose loss or gradient lies this many spreads above the usual; 0 only what is not finite
     eval_every:int=0,                 # steps between evaluations; 0 evaluates at the end of each epoch alone
@@ -535,6 +537,7 @@ def continual_learn(
                       precision=pick_precision(precision, where), device=str(where), seed=seed)
     optim = OptimConfig(_inherited(parent, 'optimizer', optimizer, 'adamw'), _inherited(parent, 'weight_decay', weight_decay, .1))
     shape = model_config(parent.checkpoint['config'], dropout=dropout)
+    check_saving(where, shape, recompute, compile, max_memory)
     if compile: check_compiler(where)
     with join_processes(where) as processes:
         folder = lead(processes, lambda: check_folder(stage_folder(model, domain) if save_dir is None else save_dir, resume, overwrite))
@@ -555,8 +558,8 @@ def continual_learn(
             train, val = read_texts(source, val_source, share, parent.tokenizer, seed, cache, say)
         if not extend: say(_examined(parent, val))
         shape = replace(shape, vocab_size=len(parent.tokenizer))
-        if max_memory:
-            beside = count_params(shape)*sum(n for part, n in BESIDE.items() if part in recipe.parts)
+        if max_memory and 'frozen' not in recipe.parts:
+            beside = count_params(shape)*sum(n for part, n in BESIDE.items() if part in recipe.parts or part == 'retry' and retry)
             batch_size, _ = lead(processes, lambda: within(max_memory, shape, batch_size, global_batch//batch_size, loop.precision, optim.optimizer, recompute, folder if resume else None, say, beside))
         if not resume: lead(processes, lambda: check_room(folder, count_params(shape), min(epochs, keep_epochs or epochs)))
         def make(recipe, folder, processes=processes, limit=limit, retry=retry):
@@ -582,7 +585,7 @@ def _all_budgets(parent, loop, batches):
     steps = -(-blocks_so_far(parent.record)//batches.global_batch) + alone
     return replace(loop, epochs=-(-steps//batches.steps_per_epoch), max_steps=steps)
 
-BESIDE = dict(distill=6, l2=8, ewc=12) # bytes a parameter that a method holds beside the model: the old one with a copy in bfloat16; old weights, and what the pull is computed in; how much each matters
+BESIDE = dict(distill=6, l2=8, ewc=12, retry=16) # bytes a parameter that a method holds beside the model: the old one with a copy in bfloat16; old weights, and what the pull is computed in; how much each matters; a second run
 
 EXAMINED = 50_000 # tokens of each text that the tokenizer is examined on
 

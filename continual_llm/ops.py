@@ -106,7 +106,8 @@ class RMSNorm(nn.RMSNorm):
     )->torch.Tensor:    # as `x`
         "Each token to length sqrt(d), then its gain"
         dtype = dtype or x.dtype
-        if x.device.type != 'cpu' or torch.compiler.is_compiling() or not torch.is_grad_enabled(): return super().forward(x).to(dtype)
+        usual = len(self.normalized_shape) == 1 and self.weight is not None and x.dtype in (torch.float32, torch.float64)
+        if not usual or x.device.type != 'cpu' or torch.compiler.is_compiling() or not torch.is_grad_enabled(): return super().forward(x).to(dtype)
         return _Normed.apply(x, self.weight, torch.finfo(x.dtype).eps if self.eps is None else self.eps, dtype)
 
 # %% ../nbs/03a_ops.ipynb #c53ebb76

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FEW', 'WORD', 'Int8Linear', 'Int8Table', 'Int8LLM', 'quantized']
 
-# %% ../nbs/10b_int8.ipynb #6aa568e3
+# %% ../nbs/10b_int8.ipynb #fb6303d8
 import torch
 import torch.nn.functional as F
 from torch import nn
+from .core import UserError
 from .model import ContinualLLM
 
 # %% ../nbs/10b_int8.ipynb #e3e8ebef
@@ -57,7 +58,7 @@ class Int8Table(nn.Module):
         "The row of each piece"
         return self.matrix.rows[ids].float()*self.matrix.scale[ids].float()[..., None]
 
-# %% ../nbs/10b_int8.ipynb #52b46a40
+# %% ../nbs/10b_int8.ipynb #40dad412
 class Int8LLM(ContinualLLM):
     "A model whose matrices are bytes: it reads and writes as before, and is not trained"
     @property
@@ -73,6 +74,9 @@ def quantized(
     model:ContinualLLM,
 )->Int8LLM:            # on the same device, ready for use
     "A copy of a model with its matrices in int8, a scale for each row (Dettmers et al. 2022, weights alone)"
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Linear) and type(part) is not nn.Linear or isinstance(part, Int8Linear):
+            raise UserError(f"{name} ({type(part).__name__}) cannot be made bytes; merge adapters into the weights first, and quantize a model once")
     with torch.device('meta'): other = Int8LLM(model.config)
     for ours, theirs in zip(other.blocks, model.blocks):
         for part, name in ((ours.attn, 'qkv'), (ours.attn, 'out'), (ours.mlp, 'gate_up'), (ours.mlp, 'down')):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS_OF_A_RUN', 'QUICK', 'holds_run', 'check_folder', 'read_record', 'check_room', 'clear_run', 'check_same',
            'machine', 'Run', 'validation_share', 'read_texts', 'make_parts', 'keep_tokenizer', 'Job', 'carry_out',
-           'with_vocabulary', 'memory_bound', 'within', 'compiler_says', 'check_compiler', 'as_before', 'compiling',
-           'pretrain', 'quickstart']
+           'with_vocabulary', 'memory_bound', 'check_saving', 'within', 'compiler_says', 'check_compiler', 'as_before',
+           'compiling', 'pretrain', 'quickstart']
 
 # %% ../nbs/12_train.ipynb #9f465ed2
 import contextlib, os, platform, shutil
@@ -27,7 +27,7 @@ from .history import History, aside, draw
 from .loop import LoopConfig, Parts, fit
 from .memory import domain_name, memory_share, remember
 from .metrics import Score
-from .footprint import count_params, fit_blocks
+from .footprint import SPARE, count_params, fit_blocks, run_bytes
 from .model import ContinualLLM, ModelConfig, config_fields, model_config
 from .monitor import Console, JsonLines, LiveFigure, banner, save_curve
 from .optim import OptimConfig, make_optimizer
@@ -438,6 +438,15 @@ def memory_bound(
     if limit and torch.device(device).type != 'cpu': raise UserError(f"max_memory={limit:g} bounds a process on the CPU, and this one computes on {device}; leave it out and give batch_size, or --recompute")
     return limit
 
+def check_saving(
+    device, shape:ModelConfig,
+    recompute:bool, compile:bool, max_memory:float, # as asked for
+)->None:
+    "Refuse ways to save memory that would not be what they promise"
+    if compile and max_memory: raise UserError(f"max_memory={max_memory:g} cannot be kept with compile, whose step holds all scores; leave one of them out")
+    if recompute and torch.device(device).type == 'mps' and (shape.dropout or shape.attn_dropout):
+        raise UserError("recompute on mps would draw other dropout masks the second time; give dropout 0, or leave recompute out")
+
 def within(
     limit:float,              # GB that the process may take
     shape:ModelConfig,
@@ -451,8 +460,11 @@ def within(
     import psutil
     count_params(shape)  # what it loads is there from now on
     total = batch_size*grad_accumulation
-    if folder is not None and total % (was := read_record(folder)['settings'].get('batch_size', batch_size)) == 0: return was, total//was
-    found = fit_blocks(shape, batch_size, grad_accumulation, limit, standing=psutil.Process().memory_info().rss + more, optimizer=optimizer, precision=precision, recompute=recompute)
+    how = dict(standing=psutil.Process().memory_info().rss + more, optimizer=optimizer, precision=precision, recompute=recompute)
+    if folder is not None and total % (was := read_record(folder)['settings'].get('batch_size', batch_size)) == 0:
+        if (need := SPARE*run_bytes(shape, was, **how)/1e9) > limit: say(f"The run goes on with {was} blocks at once, as it began; with {need:.2f} GB it may take more than the {limit:g} that are allowed" + ('' if recompute else ', and --recompute less'))
+        return was, total//was
+    found = fit_blocks(shape, batch_size, grad_accumulation, limit, **how)
     if found != (batch_size, grad_accumulation): say(f"At most {limit:g} GB: {found[0]} blocks at once instead of {batch_size}, {found[1]} batches to a step")
     return found
 
@@ -519,7 +531,7 @@ def pretrain(
     precision:str='auto',             # `fp32`, `bf16`, or `auto` for what the hardware multiplies natively
     compile:bool=False,               # compile the training step with torch.compile, which takes a minute to begin
     recompute:bool=False,             # keep the input of each layer alone and compute the layer again for its gradients: less memory, a third more work
-    max_memory:float=0.,              # GB that the process may take (CPU): fewer blocks go through the model at once, and more batches are added up; 0 sets no bound
+    max_memory:float=0.,              # GB that the process may take (CPU): fewer blocks go through the model at once, and more batches are added up; 0 sets no bound; to be given again with `resume`
     deterministic:bool=False,         # the same bits also when compiled, on a GPU, or from two processes; at some cost
     spike:float=8.,                   # leave out a step whose loss or gradient lies this many spreads above the usual; 0 only what is not finite
     eval_every:int=0,                 # steps between evaluations; 0 evaluates at the end of each epoch alone
@@ -545,6 +557,7 @@ def pretrain(
                       precision=pick_precision(precision, where), device=str(where), seed=seed)
     optim, shape = OptimConfig(optimizer, weight_decay), model_config(config, max_seq_len=max_seq_len, dropout=dropout)
     domain, memory, max_memory = domain_name(domain), memory_share(memory), memory_bound(max_memory, where)
+    check_saving(where, shape, recompute, compile, max_memory)
     if compile: check_compiler(where)
     share = validation_share(val_data, val_split)
     with join_processes(where) as processes:

@@ -158,6 +158,7 @@ def _check(given, kills, seed):
     known = inspect.signature(verify_resume).parameters
     for name in given:
         if name not in known: raise UserError(f"{name} is not a setting of verify_resume{nearest(name, known)}; see `continual-llm verify-resume --help`")
+    if given.get('max_memory'): raise UserError(f"max_memory={given['max_memory']}: what fits depends on the moment, so two runs may take other micro-batches; give batch_size and grad_accumulation")
     bound = in_range('max_steps', given['max_steps'], 0, whole=True)
     in_range('kills', kills, 1, bound or math.inf, whole=True, hint='there is room for one a step, and one is the least')
     in_range('kill_seed', seed, 0, whole=True)

@@ -424,6 +424,8 @@ def test_less_memory(teach, monkeypatch):
     again = teach(method='ewc', batch_size=8, max_memory=bound, resume=True, save_dir=str(beside.folder))
     assert not again.stopped and size(again) == [4, 8]
     with pytest.raises(UserError, match='max_memory=0.3'): teach(max_memory=.3)
+    with pytest.raises(UserError, match='max_memory=2 cannot be kept with compile'): teach(max_memory=2, compile=True)
+    assert teach(method='frozen', max_memory=.3).verdict.passed  # which trains nothing
 
 
 @shows(continual_learn, 'dropout', 'optimizer', 'weight_decay', 'max_grad_norm', 'seed', 'spike', 'precision', 'deterministic', 'compile')

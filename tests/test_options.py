@@ -15,7 +15,7 @@ from continual_llm.generate import Sampling, generate, load_model
 from continual_llm.memory import domains
 from continual_llm.model import Block, ContinualLLM, ModelConfig, model_config
 from continual_llm.tokenizer import Tokenizer, train_tokenizer
-from continual_llm.train import memory_bound, pretrain
+from continual_llm.train import check_saving, memory_bound, pretrain
 
 WORDS = 'cat horse hen fox owl elephant mat log hillside road'.split()
 LINES = [f'the {a} sat on the {b} and saw the {c} .\n\n' for a in WORDS for b in WORDS for c in WORDS[:3]]
@@ -102,31 +102,39 @@ def test_recompute(train, monkeypatch):
 def test_max_memory(train, home, monkeypatch, capsys):
     "Fewer blocks at once, as many as what is foretold allows; a resumed run keeps its own; what cannot fit is refused before anything is written"
     monkeypatch.setattr('psutil.Process.memory_info', lambda self: SimpleNamespace(rss=3e8))
-    shape = ModelConfig(**SHAPE, vocab_size=300)
+    deep = dict(SHAPE, n_layers=6)  # where a block in training takes more than an evaluation
+    shape = ModelConfig(**deep, vocab_size=300)
     bound = {n: SPARE*run_bytes(shape, n, 3e8, precision='fp32')/1e9 + 1e-9 for n in (1, 2, 3, 8)}
     def plan(**more):
-        run = train(batch_size=8, max_steps=1, quiet=False, **more)
+        run = train(config=deep, batch_size=8, max_steps=1, quiet=False, **more)
         settings = read_json(run.folder/'run.json', 'run')['settings']
         return settings['batch_size'], settings['blocks_per_step'], 'blocks at once instead of 8' in capsys.readouterr().out
     assert plan() == plan(max_memory=bound[8]) == (8, 8, False)
     assert [plan(max_memory=bound[n]) for n in (3, 2, 1)] == [(2, 8, True), (2, 8, True), (1, 8, True)]  # three would fit, and do not divide the step
-    more = dict(batch_size=8, eval_every=1, max_memory=bound[2], save_dir=str(home/'bounded'))
+    more = dict(config=deep, batch_size=8, eval_every=1, max_memory=bound[2], save_dir=str(home/'bounded'))
     left = train(max_time=1e-9, **more)
+    assert 'as it began' not in capsys.readouterr().out
     monkeypatch.setattr('psutil.Process.memory_info', lambda self: SimpleNamespace(rss=9e9))
-    assert left.stopped == 'max_time' and read_json(train(resume=True, **more).folder/'run.json', 'run')['settings']['batch_size'] == 2
+    assert left.stopped == 'max_time' and read_json(train(resume=True, quiet=False, **more).folder/'run.json', 'run')['settings']['batch_size'] == 2
+    assert 'goes on with 2 blocks at once, as it began; with 9.' in capsys.readouterr().out
     with pytest.raises(UserError, match='max_memory=0.3: one block at once takes 9'): train(max_memory=.3, save_dir=str(home/'none'))
     assert not (home/'none').exists()
     with pytest.raises(UserError, match='max_memory=-1'): train(max_memory=-1)
     with pytest.raises(UserError, match='max_memory=2 bounds a process on the CPU'): memory_bound(2, 'cuda')
+    with pytest.raises(UserError, match='max_memory=2 cannot be kept with compile'): train(max_memory=2, compile=True)
+    with pytest.raises(UserError, match='other dropout masks'): check_saving('mps', ModelConfig(dropout=.1), True, False, 0.)
+    check_saving('mps', ModelConfig(dropout=0.), True, True, 0.)
 
 
 PEAK = """
 import resource, sys, torch
+from pathlib import Path
 from continual_llm.train import pretrain
 torch.set_num_threads(1)
 data, tok, cache, folder, limit = sys.argv[1:]
-pretrain(data, dict(d_model=256, n_layers=6, n_heads=8, n_kv_heads=2, d_ff=768, max_seq_len=256), tokenizer=tok, cache=cache, save_dir=folder, batch_size=32, grad_accumulation=1, max_steps=2, max_memory=float(limit))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e9 if sys.platform == 'darwin' else 1e6/1.024))
+pretrain(data, dict(d_model=256, n_layers=6, n_heads=8, n_kv_heads=2, d_ff=768, max_seq_len=256), tokenizer=tok, cache=cache, save_dir=folder, batch_size=32, grad_accumulation=1, max_steps=2, device='cpu', max_memory=float(limit))
+seen = Path('/proc/self/status')  # Linux hands the other figure on to a child
+print(int(seen.read_text().split('VmHWM:')[1].split()[0])*1024/1e9 if seen.exists() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e9 if sys.platform == 'darwin' else 1e6/1.024))
 """
 
 def test_a_process_stays_within_its_bound(home, tmp_path):

@@ -76,7 +76,7 @@ def test_a_right_resume_is_identical_and_nothing_is_left(text, capsys):
 def test_mistakes_are_one_line_and_leave_nothing(text, monkeypatch, capsys):
     "The last is found by the run itself, here a fresh process as where one that has imported torch must not go on as a copy"
     broken(monkeypatch, 'import continual_llm.nest as n; n.FORKS = False')
-    for more, said in ((dict(kills=0), 'kills=0'), (dict(kills=-3), 'kills=-3'), (dict(precison='bf16'), "did you mean '--precision'?"),
+    for more, said in ((dict(kills=0), 'kills=0'), (dict(max_memory=2), 'max_memory=2.0: what fits'), (dict(kills=-3), 'kills=-3'), (dict(precison='bf16'), "did you mean '--precision'?"),
                        (dict(weight_decay=-1), 'weight_decay=-1')):
         with pytest.raises(SystemExit) as e: main(words(text, **more))
         err = capsys.readouterr().err
