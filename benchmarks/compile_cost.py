@@ -2,13 +2,13 @@
 
 Takes the same training steps eagerly, eagerly and deterministically, compiled, and both; each in two runs from the same seeds; all in turn, so that a machine's mood meets all of them. Prints steps a second
 against the eager ones, the seconds of the first step (into an empty cache of compiled code), whether the two runs have the same weights at the end, and how far those are from the eager ones."""
-import argparse, os, statistics, tempfile
+import argparse, os, statistics, tempfile, time
 import torch
-from train_speed import machine, step_times
-from continual_llm.core import pick_device, seed_everything
+from continual_llm.bench import machine_line
+from continual_llm.core import autocast, seed_everything
 from continual_llm.model import ContinualLLM, model_config
 from continual_llm.optim import OptimConfig, make_optimizer
-from continual_llm.train import machine as settings
+from continual_llm.train import machine
 
 MODES = {'eager': (False, False), 'eager, deterministic': (False, True), 'compiled': (True, False), 'compiled, deterministic': (True, True)}
 ROW = '| {:6} | {:9} | {:23} | {:>7} | {:>12} | {:>10} | {:>11} | {:>10} |'
@@ -30,7 +30,7 @@ def flags():
 class Twice:
     "One way to train, in two runs from the same seeds"
     def __init__(self, shape, precision, compiled, deterministic):
-        self.precision, self.deterministic, self.device = precision, deterministic, pick_device('cpu')
+        self.precision, self.deterministic = precision, deterministic
         self.models, self.times = [self.fresh(shape) for _ in range(2)], []
         self.nets = [torch.compile(m, dynamic=False) if compiled else m for m in self.models]
         self.opts = [make_optimizer(m, OptimConfig()) for m in self.models]
@@ -42,10 +42,16 @@ class Twice:
 
     def step(self, n, ids):
         "Take step n in both runs; the seconds of each"
-        with settings(self.deterministic):
+        with machine(self.deterministic):
             for net, opt in zip(self.nets, self.opts):
                 seed_everything(0, 'step', n)
-                self.times.append(sum(step_times(net, opt, ids[:, :-1], ids[:, 1:], self.precision, self.device)))
+                begun = time.perf_counter()
+                with autocast(self.precision): loss = net(ids[:, :-1], targets=ids[:, 1:])
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(net.parameters(), 1.)
+                opt.step()
+                opt.zero_grad()
+                self.times.append(time.perf_counter() - begun)
 
     @property
     def same(self): return all(torch.equal(a, b) for a, b in zip(*[m.state_dict().values() for m in self.models]))
@@ -76,7 +82,7 @@ def main():
     torch.set_num_threads(a.threads)
     with tempfile.TemporaryDirectory() as cache:
         os.environ['TORCHINDUCTOR_CACHE_DIR'] = cache
-        print(f"batch {a.batch_size} x {a.seq_len}, vocabulary {a.vocab_size:,}, adamw, medians of {2*a.steps} steps\n{machine(pick_device('cpu'))}\n")
+        print(f"batch {a.batch_size} x {a.seq_len}, vocabulary {a.vocab_size:,}, adamw, medians of {2*a.steps} steps\n{machine_line('cpu')}\n")
         print(ROW.format('model', 'precision', 'how', 'steps/s', 'to eager', 'first step', 'repeats', 'off eager'), '|---'*8 + '|', sep='\n')
         for config in a.configs.split(','):
             for precision in a.precisions.split(','):

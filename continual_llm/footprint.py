@@ -93,7 +93,7 @@ def step_bytes(
     if not recompute: return forward, tokens*(4*d + layer) + copies + 4*N
     return forward, tokens*(4*d*shape.n_layers + layer) + 4*V*d + own, tokens*(4*d + layer) + 4*N + own
 
-# %% ../nbs/04a_footprint.ipynb #7462ad41
+# %% ../nbs/04a_footprint.ipynb #2464fbb1
 LATER = 80_000_000 # bytes of what is loaded with the first step
 EVALUATED = 8      # windows at once when a model is evaluated
 SPARE = 1.1        # a run that goes on for long is so much larger than what is foretold, at most
@@ -101,10 +101,9 @@ SPARE = 1.1        # a run that goes on for long is so much larger than what is 
 def evaluation_bytes(
     shape:ModelConfig,
     precision:str='bf16',  # `bf16` or `fp32`
-    recompute:bool=False,  # makes no difference
     seq_len:int|None=None, # of the windows; None takes the model's longest
 )->int:                    # bytes
-    "What an evaluation takes, which keeps nothing but has a window's every layer at work (CPU)"
+    "What an evaluation takes, of which only the layer at work, or the scores, are held (CPU)"
     w, (d, h, k), V = _word(precision), _widths(shape), shape.vocab_size
     tokens, half = EVALUATED*(seq_len or shape.max_seq_len), w == 2
     layer, scores = tokens*(8*d + 2*w*d + 4*w*max(shape.d_ff, h + k)), tokens*8*d + 2*V*d*half + min(SLICE, tokens)*V*(w + 4)
@@ -118,7 +117,7 @@ def run_bytes(
     **step,                # as in `step_bytes`
 )->float:                  # bytes
     "The peak of a training process (CPU)"
-    return standing + LATER + state_bytes(shape, optimizer) + max(sum(step_bytes(shape, n_blocks, **step)), evaluation_bytes(shape, **step))
+    return standing + LATER + state_bytes(shape, optimizer) + max(sum(step_bytes(shape, n_blocks, **step)), evaluation_bytes(shape, **{k: v for k, v in step.items() if k != 'recompute'}))
 
 def fit_blocks(
     shape:ModelConfig,

@@ -12,8 +12,9 @@ from torch import nn
 from .core import UserError
 from .model import ContinualLLM
 
-# %% ../nbs/10b_int8.ipynb #e3e8ebef
-FEW, WORD = 16, 16 # inputs at once up to which a product with bytes is faster than one with the matrix made wide again; PyTorch's kernel reads rows in pieces of so many, and past the end of others
+# %% ../nbs/10b_int8.ipynb #cb8dbbc4
+FEW = 32  # inputs at once up to which a product with bytes is the faster one
+WORD = 16 # numbers that PyTorch's kernel reads of a row at once; where a row is no multiple, it would read past its end
 
 class Int8Linear(nn.Module):
     "A matrix in bytes, with a scale for each row; it cannot be trained"
