@@ -588,6 +588,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'continual_llm.loop.no_memory': ('loop.html#no_memory', 'continual_llm/loop.py'),
                                     'continual_llm.loop.publish': ('loop.html#publish', 'continual_llm/loop.py'),
                                     'continual_llm.loop.ran_out': ('loop.html#ran_out', 'continual_llm/loop.py'),
+                                    'continual_llm.loop.read': ('loop.html#read', 'continual_llm/loop.py'),
                                     'continual_llm.loop.resume_state': ('loop.html#resume_state', 'continual_llm/loop.py'),
                                     'continual_llm.loop.share_gradients': ('loop.html#share_gradients', 'continual_llm/loop.py'),
                                     'continual_llm.loop.take_step': ('loop.html#take_step', 'continual_llm/loop.py'),

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SAVE_MINUTES', 'FIRST_STEPS', 'LoopConfig', 'Parts', 'Progress', 'OutOfMemory', 'ran_out', 'add_up', 'half_sums',
-           'gradients', 'share_gradients', 'take_step', 'Interrupted', 'Signals', 'is_anchor', 'evaluation_due',
+           'gradients', 'share_gradients', 'read', 'take_step', 'Interrupted', 'Signals', 'is_anchor', 'evaluation_due',
            'judge', 'publish', 'Diverged', 'look_up', 'resume_state', 'Clock', 'all_finite', 'with_events', 'Loop',
            'turn', 'advance', 'go_back', 'no_memory', 'make_smaller', 'carry_on', 'fit']
 
 # %% ../nbs/09_loop.ipynb #bcb2fa57
 import math, signal, threading, time
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Callable
 import torch
 from torch import nn
@@ -119,7 +119,7 @@ def add_up(
     micros,        # micro-batches
     first:int,     # the number of the first of them within the global batch
     poll:Callable, # called before each; may raise to leave
-)->tuple:          # summed nats, tokens
+)->tuple:          # nats of each, not read yet; tokens of all
     "Add the gradients of some micro-batches to those that are there"
     totals, tokens = [], 0
     for i, micro in enumerate(micros, first):
@@ -129,38 +129,37 @@ def add_up(
         total.backward()
         totals.append(total.detach())
         tokens += n
-    nats = torch.stack(totals).cpu().double().tolist() if totals else []  # the one wait for a GPU; Apple's have no float64
-    return float(sum(nats)), tokens
+    return totals, tokens
 
 # %% ../nbs/09_loop.ipynb #c2ef9fd0
 def half_sums(
     model, parts:Parts, config:LoopConfig, step:int, poll:Callable,
-)->tuple: # summed nats, tokens of this process
+)->tuple: # nats of each micro-batch, in one list or in two; tokens of this process
     "Add up a step's micro-batches: in one go, or in two halves"
     micros, half = iter(parts.batch_at(step)), getattr(parts.batch_at, 'half', 0)
     first = getattr(parts.batch_at, 'first_micro', 0)
     nats, tokens = add_up(model, parts, config, step, islice(micros, half) if half else micros, first, poll)
-    if not half: return nats, tokens
+    if not half: return [nats], tokens
     kept = [p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     more, n = add_up(model, parts, config, step, micros, half, poll)
     for p, g in zip(model.parameters(), kept):
         if g is not None: p.grad = g if p.grad is None else p.grad.add_(g)
-    return nats + more, tokens + n
+    return [nats, more], tokens + n
 
 # %% ../nbs/09_loop.ipynb #fd0074d7
 def gradients(
     model, parts:Parts, config:LoopConfig, step:int,
     poll:Callable=lambda: None,    # called between micro-batches; may raise to leave
     processes:Processes=Processes(),
-)->tuple:                          # summed nats and tokens, over all processes
+)->tuple:                          # nats of this process's micro-batches, as `read` takes them; tokens over all processes
     "The gradient of a step, every token weighing the same"
-    sums, failed = (0., 0), 0
-    try: sums = half_sums(model, parts, config, step, poll)
+    nats, tokens, failed = [], 0, 0
+    try: nats, tokens = half_sums(model, parts, config, step, poll)
     except Exception as e:
         if not ran_out(e): raise
         failed = 1
-    nats, tokens, failed = processes.sums(*sums, failed)
+    tokens, failed = processes.sums(tokens, failed)
     if failed: raise OutOfMemory
     learning = [p for p in model.parameters() if p.requires_grad]
     if processes.world > 1: share_gradients(learning, processes)
@@ -178,6 +177,17 @@ def share_gradients(
     for p, g in zip(params, processes.sum_(flat).split([p.numel() for p in params])): p.grad = g.view_as(p)
 
 # %% ../nbs/09_loop.ipynb #c9bdb8f4
+def read(
+    nats:list,             # of each half of a step, the summed nats of its micro-batches
+    norm:torch.Tensor,     # length of its gradient
+    processes:Processes=Processes(),
+)->tuple:                  # summed nats over all processes, and the norm
+    "The numbers of a step, for which a GPU is waited for once"
+    *each, norm = torch.stack([*chain(*nats), norm]).cpu().double().tolist()  # in this order: Apple's GPUs have no float64
+    each = iter(each)
+    total = sum(sum(islice(each, len(half))) for half in nats)  # in float64, in the order in which two processes would
+    return *processes.sums(float(total)), norm
+
 def take_step(
     model, opt, parts:Parts, config:LoopConfig, step:int,
     poll:Callable=lambda: None,      # called between micro-batches; may raise to leave
@@ -187,7 +197,8 @@ def take_step(
     "One optimizer step, left out if the guard says so"
     opt.zero_grad(set_to_none=True)
     nats, tokens = gradients(model, parts, config, step, poll, processes)
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf))
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+    nats, norm = read(nats, norm, processes)
     wrong = guard.verdict(nats/tokens, norm, config.spike)
     set_lr(opt, config.lr(step))
     if not wrong: opt.step()
