@@ -88,6 +88,8 @@ class MixedBatches(Batches):
         self.texts, self.blocks = [self.ids, *old], Mixture(self.blocks, memories, share)
         self.marked = marked and sum(self.blocks.n_old) > 0
 
+    def on(self, device): return self  # rows of several texts are put together in this machine's memory
+
     def gather(self,
         starts:np.ndarray, # (B,) first target of each block in the row of texts
     )->tuple:              # inputs and targets, each (B,T) int64, and if marked, which are old, (B,) bool
