@@ -35,7 +35,7 @@ from .replay import MixedBatches
 from .schedule import fit_warmup
 from .source import Source
 from .tokenizer import Tokenizer, tokenizer_of
-from .train import Job, as_before, carry_out, check_compiler, check_folder, check_room, check_saving, memory_bound, read_record, read_texts, validation_share, within
+from .train import Job, as_before, carry_out, check_compiler, check_folder, check_room, check_saving, computing_on, memory_bound, read_record, read_texts, validation_share, within
 
 # %% ../nbs/13_continual.ipynb #4f197d47
 @dataclass(frozen=True)
@@ -548,7 +548,7 @@ def continual_learn(
         quiet = quiet or not processes.first
         say = (lambda *a: None) if quiet else lambda text='': print(text, flush=True)
         if not quiet: banner('Continual learning', {
-            'Device': f'{where}' + (f', {processes.world} processes' if processes.world > 1 else ''), 'Precision': loop.precision, 'Model': parent.path,
+            'Device': computing_on(where, processes, folder if resume else None), 'Precision': loop.precision, 'Model': parent.path,
             'Knows': ', '.join(d.name for d in parent.domains), 'New domain': domain, 'Data': source.name, 'Validation': val_source.name if val_source else f'{share:.0%} split',
             'Method': method + ''.join(f', {k} {v:g}' for k, v in asdict(recipe).items() if k != 'method' and v is not None),
             'Batch size': batch_size, 'Gradient accumulation': global_batch//batch_size, 'Learning rate': loop.learning_rate, 'Epochs': epochs,

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS_OF_A_RUN', 'QUICK', 'holds_run', 'check_folder', 'read_record', 'check_room', 'clear_run', 'check_same',
-           'machine', 'Run', 'validation_share', 'read_texts', 'make_parts', 'keep_tokenizer', 'Job', 'carry_out',
-           'with_vocabulary', 'memory_bound', 'check_saving', 'within', 'compiler_says', 'check_compiler', 'as_before',
-           'compiling', 'pretrain', 'quickstart']
+           'machine', 'Run', 'validation_share', 'read_texts', 'Compiled', 'make_parts', 'keep_tokenizer', 'Job',
+           'carry_out', 'with_vocabulary', 'memory_bound', 'check_saving', 'within', 'compiler_says', 'check_compiler',
+           'computing_on', 'as_before', 'compiling', 'pretrain', 'quickstart']
 
 # %% ../nbs/12_train.ipynb #9f465ed2
 import contextlib, os, platform, shutil
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from . import __version__
 from .archive import DamagedFile, StorageError
-from .batches import Batches
+from .batches import Batches, sent
 from .checkpoint import Checkpoints, checkpoint_payload, run_id
 from .core import UserError, yes_or_no, as_path, human_bytes, in_range, pick_device, pick_precision, read_json, seed_everything, write_bytes, write_json
 from .data import prepare
@@ -30,6 +30,7 @@ from .metrics import Score
 from .footprint import SPARE, count_params, fit_blocks, run_bytes
 from .model import ContinualLLM, ModelConfig, config_fields, model_config
 from .monitor import Console, JsonLines, LiveFigure, banner, save_curve
+from .ops import next_token_nats, too_many
 from .optim import OptimConfig, make_optimizer
 from .schedule import fit_warmup
 from .source import Source
@@ -116,16 +117,19 @@ def check_same(
 def machine(
     deterministic:bool,     # ask every operation for the same bits each time?
     threads:int|None=None,  # CPU threads to use; None leaves them
+    tf32:bool=False,        # may a GPU multiply in TF32 what is left in fp32?
 ):
     "Settings of the process for the length of a run; afterwards they are as before"
-    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(), torch.get_float32_matmul_precision()
     if deterministic: os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # what cuBLAS needs to repeat itself
     torch.use_deterministic_algorithms(deterministic or before[0])
     if threads: torch.set_num_threads(threads)
+    if tf32: torch.set_float32_matmul_precision('high')
     try: yield
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.set_num_threads(before[1])
+        if tf32: torch.set_float32_matmul_precision(before[2])
 
 # %% ../nbs/12_train.ipynb #f839ebb8
 @dataclass
@@ -190,6 +194,26 @@ def read_texts(
     return train, val
 
 # %% ../nbs/12_train.ipynb #97e3c947
+class Compiled:
+    "A model's loss, compiled for micro-batches of the usual size; a smaller one at the end of an epoch goes through the model as it is, and nothing is compiled twice"
+    def __init__(self, model:ContinualLLM, batches:Batches):
+        self.model, self.batches, self.usual = model, batches, batches.batch_size
+        self.hidden, self.whole = [torch.compile(f, dynamic=False) for f in (model.hidden, model)]  # each when it is first called
+
+    def __call__(self,
+        x:torch.Tensor, y:torch.Tensor, # (B,T) inputs and targets
+    )->torch.Tensor:                    # summed nats
+        "As the model's own"
+        if len(x) != self.usual: return self.model(x, targets=y, reduction='sum')
+        if not too_many(x.numel(), len(self.model.out_weight)): return self.whole(x, targets=y, reduction='sum')
+        return next_token_nats(self.hidden(x), self.model.out_weight, y, 'sum')  # in slices, which a compiler would write out one by one
+
+    def replan(self, detours, halvings):
+        "For `Parts.replan`: another size may become the usual one"
+        other = self.batches.replan(detours, halvings)
+        if other is not None: self.usual = other.batch_size
+        return other
+
 def make_parts(
     model:ContinualLLM, tokenizer:Tokenizer,
     batches:Batches,   # of the training text
@@ -202,16 +226,18 @@ def make_parts(
     processes:Processes=Processes(), # that share an evaluation
 )->Parts:
     "The callables of a pretraining run"
-    device, net = next(model.parameters()).device, torch.compile(model, dynamic=False) if compiled else model
+    device = next(model.parameters()).device
+    batches = batches.on(device)
+    net = Compiled(model, batches) if compiled else None
     def loss_fn(model, micro):
-        x, y = micro
-        return net(x.to(device), targets=y.to(device), reduction='sum'), y.numel()
+        x, y = [sent(t, device) for t in micro]
+        return net(x, y) if net else model(x, targets=y, reduction='sum'), y.numel()
     def evaluate(poll):
         return score_tokens(model, val, tokenizer, eval_tokens, batch_size=batch_size, precision=loop.precision, poll=poll, processes=processes)
     own = dict(run=run_id(facts)) if facts else {}
     def payload(epoch, step, score):
         return checkpoint_payload(model, epoch=epoch, step=step, val_loss=score and score.loss, tokenizer_hash=tokenizer.hash, more=own)
-    return Parts(batches, loss_fn, evaluate, payload, replan=batches.replan, facts=facts)
+    return Parts(batches, loss_fn, evaluate, payload, replan=(net or batches).replan, facts=facts)
 
 # %% ../nbs/12_train.ipynb #6d4fe8a2
 def keep_tokenizer(
@@ -336,7 +362,8 @@ def carry_out(
         if resume: record = lead(processes, lambda: _taken_up(job, record, state))
         for bad, why in refused: say(f'Passed over {bad}: {why}')
         if state: say(f"Resuming from {path} after step {state['step']}")
-        stack.enter_context(machine(job.deterministic, record['threads'] if job.loop.device == 'cpu' else None))
+        tf32 = job.loop.precision == 'bf16' and torch.device(job.loop.device).type == 'cuda'  # a run in fp32 stays one
+        stack.enter_context(machine(job.deterministic, record['threads'] if job.loop.device == 'cpu' else None, tf32))
         with _told(job, record, processes): return _train(job, store, record, state, quiet, say, views, processes)
 
 # %% ../nbs/12_train.ipynb #82db89bf
@@ -368,7 +395,17 @@ def _history(job, state, quiet, views, processes):
     if not processes.first: return History()
     log = JsonLines(job.folder/'metrics.jsonl')
     if not state: log.restore(History())
-    return History((log, *(() if quiet else (Console(job.loop.total, job.loop.epochs), LiveFigure())), *views))
+    said = () if quiet else (*[FirstStep(print)]*job.compiled, Console(job.loop.total, job.loop.epochs), LiveFigure())
+    return History((log, *said, *views))
+
+FEW = 1000 # steps; in fewer, compiling is hardly won back
+
+class FirstStep:
+    "Tells how long a run's first step took, compiling among it"
+    def __init__(self, say): self.say = say
+
+    def __call__(self, record, history):
+        if record['kind'] == 'step' and record['step'] == 0: self.say(f"The first step took {record['tokens']/record['tokens_per_second']:.0f} s, in which it was compiled")
 
 _COURSES = dict(cosine='cosine decay', wsd='constant, then decay in the last fifth')
 
@@ -380,6 +417,7 @@ def _train(job, store, record, state, quiet, say, views, processes):
     _describe(job.shape, model.n_params(), say)
     say(f"\nTotal training steps: {loop.total}\nLearning rate schedule: warmup {loop.warmup_steps} steps, then {_COURSES[loop.schedule]}\n\nStarting training...")
     history = _history(job, state, quiet, views, processes)
+    if job.compiled and loop.total < FEW: say(f"compile: what it takes before the first step, from half a minute to three on a CPU, a run of {loop.total} steps will hardly win back")
     parts = job.make_parts(model, record['settings'], processes)
     opt = make_optimizer(model, job.optim)
     try:
@@ -484,6 +522,15 @@ def check_compiler(
     except Exception as e:
         raise UserError(f"compile: torch cannot compile on {device} here ({compiler_says(e)}); install a C++ compiler such as g++, or leave it out") from None
 
+def computing_on(
+    device, processes:Processes,
+    folder=None, # of a run that is resumed
+)->str:
+    "What computes a run, for its report"
+    threads = read_record(folder)['threads'] if folder is not None else torch.get_num_threads()
+    shared = f', {processes.world} processes' if processes.world > 1 else ''
+    return f'{device}{shared}' + (f', {threads} thread{"s"*(threads > 1)}' if torch.device(device).type == 'cpu' else '')
+
 def as_before(
     loop:LoopConfig,
     precision:str, # as asked for
@@ -570,7 +617,7 @@ def pretrain(
         quiet = quiet or not processes.first
         say = (lambda *a: None) if quiet else lambda text='': print(text, flush=True)
         if not quiet: banner('Pre-training LLM', {
-            'Device': f'{where}' + (f', {processes.world} processes' if processes.world > 1 else ''), 'Precision': loop.precision, 'Data': source.name,
+            'Device': computing_on(where, processes, folder if resume else None), 'Precision': loop.precision, 'Data': source.name,
             'Validation': val_source.name if val_source else f'{share:.0%} split', 'Tokenizer': tokenizer or own or f'{vocab_size:,} pieces, trained on the data',
             'Batch size': batch_size, 'Gradient accumulation': grad_accumulation, 'Learning rate': learning_rate, 'Epochs': epochs, 'Warmup steps': warmup_steps,
             'Early stopping patience': early_stopping_patience or 'off'})

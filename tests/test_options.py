@@ -1,5 +1,5 @@
 "Every option does what its comment says: each is changed alone, and what follows is checked against a value worked out by hand"
-import inspect, json, math, subprocess, sys
+import inspect, json, math, re, subprocess, sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,14 +153,16 @@ def test_spike(train, monkeypatch):
 
 
 @shows(pretrain, 'compile')
-def test_compile(train, monkeypatch):
+def test_compile(train, monkeypatch, capsys):
     "The training step goes through torch's compiler, and comes to the same"
     calls, compiler = [], torch.compile
     def compile(f, **how):
         calls.append(f)
         return compiler(f, **how, backend='eager') if isinstance(f, torch.nn.Module) else f  # the capture is torch's; no C++ compiler is needed here
     monkeypatch.setattr('torch.compile', compile)
-    plain, compiled = train(), train(compile=True)
+    plain, compiled = train(), train(compile=True, quiet=False)
+    said = capsys.readouterr().out
+    assert 'a run of 3 steps will hardly win back' in said and re.search(r'^The first step took \d+ s, in which it was compiled$', said, re.M)
     assert [type(c) for c in calls[-1:]] == [ContinualLLM]
     assert max(abs(a - b) for a, b in zip(steps(plain, 'loss'), steps(compiled, 'loss'))) < 1e-5
     assert list(newest(plain)) == list(newest(compiled))
