@@ -30,7 +30,9 @@ def checkpoint_payload(
 )->dict:
     "The dictionary of `checkpoint.pt`"
     config, copies = getattr(model, 'module', model).config, {}
-    state = {plain_name(n): _copy(t, copies) for n, t in (model.state_dict() if weights is None else weights).items()}
+    weights = model.state_dict() if weights is None else weights
+    state = {plain_name(n): _copy(t, copies) for n, t in weights.items()}
+    if any(t.is_cuda for t in weights.values()): torch.cuda.synchronize()  # once, for all copies
     _finite(state, 'the model')
     return dict(more or {}, config=config.to_dict(), model_state_dict=state, epoch=epoch,
                 val_loss=val_loss, val_perplexity=None if val_loss is None else perplexity(val_loss),
@@ -44,9 +46,9 @@ def plain_name(
     return name.replace('_orig_mod.', '').removeprefix('module.')  # what compile and DDP put in front
 
 def _copy(t, copies):
-    "A tight fp32 copy on the CPU; the same one for the same tensor under another name"
+    "A tight fp32 copy on the CPU, from a GPU still on its way; the same one for the same tensor under another name"
     key = t.data_ptr(), tuple(t.shape), t.stride(), t.dtype
-    if key not in copies or not t.numel(): copies[key] = torch.empty(t.shape, dtype=torch.float32).copy_(t.detach())
+    if key not in copies or not t.numel(): copies[key] = torch.empty(t.shape, dtype=torch.float32, pin_memory=t.is_cuda).copy_(t.detach(), non_blocking=t.is_cuda)
     return copies[key]
 
 def _finite(state, where):

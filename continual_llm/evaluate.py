@@ -8,7 +8,7 @@ __all__ = ['windows', 'token_nats', 'score_tokens', 'evaluate']
 # %% ../nbs/11_evaluate.ipynb #ac26cc50
 import numpy as np
 import torch
-from .batches import eval_batches
+from .batches import eval_batches, sent
 from .core import UserError, autocast, in_range, pick_precision, shown, yes_or_no
 from .distributed import Processes
 from .dynamic import DECAY, RATE, dynamic_nats
@@ -53,15 +53,16 @@ def token_nats(
     context = context or model.config.max_seq_len
     in_range('context', context, 1, model.config.max_seq_len, whole=True, hint="the model was not trained on longer ones")
     in_range('stride', stride, 0, context, whole=True, hint='a larger one would pass over tokens')
-    device, out, at = next(model.parameters()).device, torch.zeros(len(ids), dtype=torch.double), 0
+    device, at = next(model.parameters()).device, 0
+    out = torch.zeros(len(ids), dtype=torch.double if device.type == 'cpu' else torch.float32, device=device)  # a GPU is waited for at the end alone
     with evaluating(model):
         for i, (x, y, new) in enumerate(windows(ids, context, stride or context, batch_size, bos_id)):
             poll()
             at, begin = at + len(x)*new, at
             if i % processes.world != processes.rank: continue  # another one's
-            with autocast(precision, device): nats = model(x.to(device), targets=y.to(device), reduction='none')  # (B,T)
-            out[begin:at] = nats[:, -new:].flatten().cpu().double()  # in this order: Apple's GPUs have no float64
-    return processes.sum_(out)  # one process filled each place, so these are the bits of one that did all of them
+            with autocast(precision, device): nats = model(sent(x, device), targets=sent(y, device), reduction='none')  # (B,T)
+            out[begin:at] = nats[:, -new:].flatten()
+    return processes.sum_(out.cpu().double())  # one process filled each place, so these are the bits of one that did all of them
 
 # %% ../nbs/11_evaluate.ipynb #24d1b82f
 def score_tokens(
