@@ -45,7 +45,7 @@ class Attention(nn.Module):
     def _norm(self, qk):
         "Every head to length sqrt(D), then its gain: one for queries, one for keys"
         gain = torch.cat((self.q_norm.weight.expand(self.H, -1), self.k_norm.weight.expand(self.K, -1)))  # (H+K,D)
-        return F.rms_norm(qk, (self.D,), eps=self.q_norm.eps) * gain
+        return (F.rms_norm(qk, (self.D,), eps=self.q_norm.eps) * gain).to(qk.dtype)
 
     def forward(self,
         x:torch.Tensor,    # (B,T,d_model)
@@ -78,18 +78,20 @@ class KVCache:
         max_len:int=None,     # positions there is room for; by default and at most the model's `max_seq_len`
         device='cpu',         # where the model is
         dtype=torch.float32,  # what is kept, usually in the weights' type
+        static:bool=False,    # is a single token to look at every place, behind a mask? Then all shapes stay the same, as a compiler wants them
     ):
         in_range('batch', batch, 1, whole=True)
-        self.max_len = config.max_seq_len if max_len is None else max_len
+        self.max_len, self.static = config.max_seq_len if max_len is None else max_len, static
         in_range('max_len', self.max_len, 1, config.max_seq_len, whole=True, hint="a model has no positions beyond its max_seq_len")
-        shape = config.n_layers, batch, config.n_kv_heads, self.max_len, config.head_dim
-        self.k, self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)]  # (layer,B,K,max_len,D)
+        shape = batch, config.n_kv_heads, self.max_len, config.head_dim
+        self.k, self.v = [[torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)] for _ in range(2)]  # of each layer (B,K,max_len,D)
+        self.rows, self.steps = [torch.arange(n, device=device) for n in (batch, self.max_len)]
         self.reset()
 
     def reset(self):
         "Forget everything and keep the memory"
-        self.lengths = torch.zeros(self.k.shape[1], dtype=torch.int64, device=self.k.device)  # (B,) tokens each row has read
-        self.longest, self.even = 0, True  # the largest of them, and whether they are all the same
+        self.lengths = torch.zeros_like(self.rows)  # (B,) tokens each row has read
+        self.longest, self.even = 0, True           # the largest of them, and whether they are all the same
 
     def advance(self,
         n, # tokens each row has read in the last call: one number for all, or (B,)
@@ -103,13 +105,15 @@ class KVCache:
         T:int, # tokens about to be read
     )->tuple:  # their positions, (T,) or (B,T) where rows differ; the mask for `Attention`
         "Make ready for the next tokens, or refuse those that do not fit"
+        if self.static and T == 1:
+            place = self.lengths[:, None]
+            return place, (self.steps <= place)[:, None, None]  # (B,1), (B,1,1,max_len)
         if self.longest + T > self.max_len:
             raise UserError(f"{self.longest} tokens were read and {T} more do not fit a cache of max_len={self.max_len}; "
                             "make it longer or reset it")
-        steps, keys = [torch.arange(n, device=self.k.device) for n in (T, self.longest + T)]
-        place = steps + self.longest if self.even else steps + self.lengths[:, None]
+        place = self.steps[self.longest:self.longest + T] if self.even else self.steps[:T] + self.lengths[:, None]
         plain = self.even and (T == 1 or self.longest == 0)  # all keys may be seen, or the causal order says it
-        return place, None if plain else (keys <= place[..., None]).view(-1, 1, T, len(keys))
+        return place, None if plain else (self.steps[:self.longest + T] <= place[..., None]).view(-1, 1, T, self.longest + T)
 
     def write(self,
         layer:int,       # whose keys these are
@@ -117,16 +121,16 @@ class KVCache:
         v:torch.Tensor,  # (B,K,T,D) new values
     )->tuple:            # keys and values (B,K,S,D) up to the last place in use
         "Put the new ones behind those of earlier calls; no gradient flows back through a cache"
-        T, S, both = k.shape[2], self.longest + k.shape[2], []
+        T, one = k.shape[2], self.static and k.shape[2] == 1
+        if not self.even or one: place = self.lengths[:, None] + self.steps[:T]  # (B,T)
+        both = []
         for kept, new in ((self.k[layer], k.detach()), (self.v[layer], v.detach())):
-            if self.even: kept[:, :, self.longest:S] = new
-            else:
-                rows, steps = [torch.arange(n, device=new.device) for n in (len(new), T)]
-                kept[rows[:, None], :, self.lengths[:, None] + steps] = new.transpose(1, 2).to(kept.dtype)  # (B,K,T,D) -> (B,T,K,D)
-            both.append(kept[:, :, :S].to(new.dtype))
+            if self.even and not one: kept.narrow(2, self.longest, T).copy_(new)
+            else: kept[self.rows[:, None], :, place] = new.transpose(1, 2).to(kept.dtype)  # (B,K,T,D) -> (B,T,K,D)
+            both.append((kept if one else kept.narrow(2, 0, self.longest + T)).to(new.dtype))
         return tuple(both)
 
     @property
     def n_bytes(self)->int:
         "Memory taken by the keys and values"
-        return self.k.nbytes + self.v.nbytes
+        return sum(t.nbytes for t in self.k + self.v)

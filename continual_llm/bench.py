@@ -16,7 +16,7 @@ from .generate import Reader, Sampling, choose
 from .loop import LoopConfig, Parts, take_step
 from .model import ContinualLLM, model_config
 from .optim import OptimConfig, make_optimizer
-from .quantize import quantized
+from .narrow import PRECISIONS, for_writing
 
 # %% ../nbs/17_bench.ipynb #d820b61a
 @dataclass(frozen=True)
@@ -105,11 +105,11 @@ PROMPT, WRITTEN = 16, 48 # tokens that are read before writing, and that are wri
 def write_task(
     shape, rows:int, # texts at once
     device,
-    int8:bool=False, # with weights of eight bits?
+    precision:str='fp32', # of the weights: `fp32`, `bf16` or `int8`
 )->tuple:
     "Reading a prompt and writing on, greedily"
     model = ContinualLLM(replace(shape, max_seq_len=max(shape.max_seq_len, PROMPT + WRITTEN))).to(device).eval()
-    if int8: model = quantized(model)
+    model = for_writing(model, precision)
     prompts, greedy = numpy_generator(0, 'bench').integers(shape.vocab_size, size=(rows, PROMPT)).tolist(), Sampling(temperature=0.)
     def write():
         reader = Reader(model, prompts, WRITTEN)
@@ -135,8 +135,10 @@ def advice(
     if alone := speed.get('training, one thread'):
         gain = max(v for k, v in speed.items() if k.startswith('training ') )/alone
         if gain < WORTH: lines.append(f"{threads} threads train {gain:.2f} x as fast as one: set OMP_NUM_THREADS=1 and leave the other cores to something else")
-    if (bytes := speed.get('writing, int8')) and bytes > WORTH*speed['writing']: lines.append(f"Weights of eight bits write {bytes/speed['writing']:.1f} x as fast: generate --int8")
-    if (many := speed.get('writing 16 texts')) and many > 4*speed['writing']: lines.append(f"Sixteen texts at once are written {many/speed['writing']:.0f} x as fast as one after the other: give generate a list of prompts")
+    if 'writing int8' in speed:
+        best = max(PRECISIONS, key=lambda name: speed[f'writing {name}'])
+        if (gain := speed[f'writing {best}']/speed['writing fp32']) > WORTH: lines.append(f"Weights in {best} write {gain:.1f} x as fast as in fp32: generate --precision {best}")
+    if (many := speed.get('writing 16 texts')) and many > 4*speed['writing fp32']: lines.append(f"Sixteen texts at once are written {many/speed['writing fp32']:.0f} x as fast as one after the other: give generate a list of prompts")
     return lines
 
 # %% ../nbs/17_bench.ipynb #7b8d8b73
@@ -213,7 +215,7 @@ def bench(
     wait = (lambda: torch.cuda.synchronize(where)) if where.type == 'cuda' else torch.mps.synchronize if where.type == 'mps' else lambda: None
     tasks = {f'training {name}': train_task(shape, batch_size, shape.max_seq_len, name, optimizer, where) for name in precisions(where)}
     if where.type == 'cpu' and torch.get_num_threads() > 1: tasks['training, one thread'] = (*(best := list(tasks.values())[-1])[:2], _on_one_thread(best[2]))
-    tasks |= {'writing': write_task(shape, 1, where), 'writing, int8': write_task(shape, 1, where, int8=True), 'writing 16 texts': write_task(shape, 16, where)}
+    tasks |= {**{f'writing {name}': write_task(shape, 1, where, name) for name in PRECISIONS}, 'writing 16 texts': write_task(shape, 16, where)}
     figures = {f.what: f for part in (limit_tasks(where), tasks) for f in interleaved(part, rounds, wait)}
     model = f"{config}: {count_params(shape):,} parameters, vocabulary {vocab_size:,}, {batch_size} blocks of {shape.max_seq_len} tokens, {optimizer}, no dropout; median of {rounds} rounds"
     report = BenchReport(machine_line(where), model, flops_per_token(shape), figures, advice(figures, torch.get_num_threads(), load))

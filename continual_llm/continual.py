@@ -17,7 +17,7 @@ import torch
 from .archive import DamagedFile
 from .batches import Batches
 from .checkpoint import Checkpoints, checkpoint_file, checkpoint_payload, load_checkpoint, run_id
-from .core import UserError, as_path, file_hash, in_range, nearest, pick_device, pick_precision, write_json, yes_or_no
+from .core import UserError, check_compiler, as_path, file_hash, in_range, nearest, pick_device, pick_precision, write_json, yes_or_no
 from .data import cache_errors, cache_folder, prepare, reuse_tokens, write_tokens
 from .distributed import Processes, in_turn, join_processes, lead
 from .evaluate import score_tokens
@@ -35,7 +35,7 @@ from .replay import MixedBatches
 from .schedule import fit_warmup
 from .source import Source
 from .tokenizer import Tokenizer, tokenizer_of
-from .train import Job, as_before, carry_out, check_compiler, check_folder, check_room, check_saving, computing_on, memory_bound, read_record, read_texts, validation_share, within
+from .train import Job, as_before, carry_out, check_folder, check_room, check_saving, computing_on, memory_bound, read_record, read_texts, validation_share, within
 
 # %% ../nbs/13_continual.ipynb #4f197d47
 @dataclass(frozen=True)

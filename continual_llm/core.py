@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UserError', 'nearest', 'shown', 'one_of', 'in_range', 'fields_in_range', 'yes_or_no', 'as_path', 'seed_for',
            'generator', 'numpy_generator', 'seed_everything', 'pick_device', 'multiplies_bf16', 'pick_precision',
-           'autocast', 'sync_folder', 'atomic_file', 'write_bytes', 'write_json', 'read_small', 'read_json',
-           'file_hash', 'human_bytes', 'human_time']
+           'autocast', 'compiler_says', 'check_compiler', 'sync_folder', 'atomic_file', 'write_bytes', 'write_json',
+           'read_small', 'read_json', 'file_hash', 'human_bytes', 'human_time']
 
 # %% ../nbs/00_core.ipynb #9e216a0d
 import contextlib, difflib, hashlib, json, math, os, reprlib, secrets, stat
@@ -188,6 +188,22 @@ def autocast(
 ):                  # a context: matrix products inside it run in that precision
     "Matrix products in bfloat16, sums and losses in fp32; with `fp32`, nothing changes"
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == 'bf16')
+
+# %% ../nbs/00_core.ipynb #d911b624
+def compiler_says(
+    e:Exception, # from torch's compiler
+)->str:
+    "The line of many that says most"
+    lines = [line for line in map(str.strip, str(e).splitlines()) if line] or [type(e).__name__]
+    return next((line for line in lines if 'error:' in line), lines[0])[:160]
+
+def check_compiler(
+    device, # that will compute
+)->None:
+    "Refuse to compile where it cannot be done, before anything else is"
+    try: torch.compile(lambda x: 2*x)(torch.ones(2, device=device))
+    except Exception as e:
+        raise UserError(f"compile: torch cannot compile on {device} here ({compiler_says(e)}); install a C++ compiler such as g++, or leave it out") from None
 
 # %% ../nbs/00_core.ipynb #b017c4e9
 def sync_folder(

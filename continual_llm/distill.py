@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from .core import UserError, in_range, numpy_generator
-from .generate import Reader, Sampling, banned_pieces, choose, evaluating
+from .core import UserError, in_range, seed_for
+from .generate import Chooser, Reader, Sampling, banned_pieces, evaluating
 from .ops import next_token_nats, product_dtype, softmax_into
 
 # %% ../nbs/12b_distill.ipynb #8e3b32f3
@@ -120,12 +120,9 @@ def self_generated(
 
 def _rows(model, bos_id, banned, seed, numbers, poll):
     "A row of a window's length for each of some numbers"
-    rngs = [numpy_generator(seed, 'self-generated', n) for n in numbers]
-    reader = Reader(model, [[bos_id]]*len(rngs), model.config.max_seq_len)
+    reader = Reader(model, [[bos_id]]*len(numbers), model.config.max_seq_len)
+    chooser = Chooser(reader.ids, [seed_for(seed, 'self-generated', n) for n in numbers], banned, Sampling(temperature=1.), reader.score_device)
     for _ in range(model.config.max_seq_len):
         poll()
-        noise = torch.from_numpy(np.stack([rng.standard_exponential(len(banned)) for rng in rngs]))  # (B,V)
-        scores = reader.read()
-        if not scores.isfinite().all(): raise UserError("the model's scores are not finite, so it can write nothing; use an earlier checkpoint")
-        reader.append(choose(scores.masked_fill(banned, -torch.inf), noise, Sampling(temperature=1.)).tolist())
+        reader.append(chooser(reader.read()))
     return [row[1:] for row in reader.ids]

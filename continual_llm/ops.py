@@ -103,11 +103,15 @@ def next_token_nats(
     return nats.view(targets.shape) if reduction == 'none' else nats
 
 # %% ../nbs/03a_ops.ipynb #97964f59
+def _shortness(x, eps):
+    "What each token of `x` (...,d) is multiplied by to have the length sqrt(d), (...,1)"
+    with torch.autocast('cpu', enabled=False): return torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]  # autocast would square in bfloat16
+
 class _Normed(torch.autograd.Function):
     "RMSNorm of `x` (...,d) with its gradient in closed form"
     @staticmethod
     def forward(ctx, x, gain, eps, dtype):
-        with torch.autocast('cpu', enabled=False): r = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]  # (...,1); autocast would square in bfloat16
+        r = _shortness(x, eps)
         ctx.save_for_backward(x, gain, r)
         return (x*r).mul_(gain).to(dtype)
 
@@ -129,8 +133,9 @@ class RMSNorm(nn.RMSNorm):
         "Each token to length sqrt(d), then its gain"
         dtype = dtype or x.dtype
         usual = len(self.normalized_shape) == 1 and self.weight is not None and x.dtype in (torch.float32, torch.float64)
-        if not usual or x.device.type != 'cpu' or torch.compiler.is_compiling() or not torch.is_grad_enabled(): return super().forward(x).to(dtype)
-        return _Normed.apply(x, self.weight, torch.finfo(x.dtype).eps if self.eps is None else self.eps, dtype)
+        if not usual or x.device.type != 'cpu' or torch.compiler.is_compiling(): return super().forward(x).to(dtype)
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        return _Normed.apply(x, self.weight, eps, dtype) if torch.is_grad_enabled() else (x*_shortness(x, eps)).mul_(self.weight).to(dtype)
 
 # %% ../nbs/03a_ops.ipynb #c53ebb76
 class _Gated(torch.autograd.Function):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS_OF_A_RUN', 'QUICK', 'holds_run', 'check_folder', 'read_record', 'check_room', 'clear_run', 'check_same',
            'machine', 'Run', 'validation_share', 'read_texts', 'Compiled', 'make_parts', 'keep_tokenizer', 'Job',
-           'carry_out', 'with_vocabulary', 'memory_bound', 'check_saving', 'within', 'compiler_says', 'check_compiler',
-           'computing_on', 'as_before', 'compiling', 'pretrain', 'quickstart']
+           'carry_out', 'with_vocabulary', 'memory_bound', 'check_saving', 'within', 'computing_on', 'as_before',
+           'compiling', 'pretrain', 'quickstart']
 
 # %% ../nbs/12_train.ipynb #9f465ed2
 import contextlib, os, platform, shutil
@@ -18,7 +18,7 @@ from . import __version__
 from .archive import DamagedFile, StorageError
 from .batches import Batches, sent
 from .checkpoint import Checkpoints, checkpoint_payload, run_id
-from .core import UserError, yes_or_no, as_path, human_bytes, in_range, pick_device, pick_precision, read_json, seed_everything, write_bytes, write_json
+from .core import UserError, yes_or_no, as_path, check_compiler, compiler_says, human_bytes, in_range, pick_device, pick_precision, read_json, seed_everything, write_bytes, write_json
 from .data import prepare
 from .distributed import Processes, in_turn, join_processes, lead
 from .evaluate import score_tokens
@@ -507,21 +507,6 @@ def within(
     return found
 
 # %% ../nbs/12_train.ipynb #3863ac6e
-def compiler_says(
-    e:Exception, # from torch's compiler
-)->str:
-    "The line of many that says most"
-    lines = [line for line in map(str.strip, str(e).splitlines()) if line] or [type(e).__name__]
-    return next((line for line in lines if 'error:' in line), lines[0])[:160]
-
-def check_compiler(
-    device, # that will compute
-)->None:
-    "Refuse to compile where it cannot be done, before anything else is"
-    try: torch.compile(lambda x: 2*x)(torch.ones(2, device=device))
-    except Exception as e:
-        raise UserError(f"compile: torch cannot compile on {device} here ({compiler_says(e)}); install a C++ compiler such as g++, or leave it out") from None
-
 def computing_on(
     device, processes:Processes,
     folder=None, # of a run that is resumed

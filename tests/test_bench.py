@@ -23,7 +23,7 @@ def amounts(**given): return {what: f.amount for what, f in bench(**{**SMALL, **
 def test_what_is_measured():
     "Tokens of a step, operations of a token, parameters, rounds"
     plain, report = amounts(), bench(**SMALL)
-    assert plain['training fp32'] == 64 and plain['writing 16 texts'] == 16*plain['writing']
+    assert plain['training fp32'] == 64 and plain['writing 16 texts'] == 16*plain['writing fp32']
     assert amounts(batch_size=3)['training fp32'] == 192 and amounts(max_seq_len=16)['training fp32'] == 16
     assert bench(**{**SMALL, 'vocab_size': 70}).flops - report.flops == 6*20*SHAPE['d_model']
     assert bench(**{**SMALL, 'config': dict(SHAPE, n_layers=2, max_seq_len=64)}).flops > report.flops
@@ -48,7 +48,7 @@ def test_where_it_is_measured(tmp_path, capsys):
     with pytest.raises(SystemExit) as e: main(['bench', '--config', 'tiny', '--max_seq_len', '16', '--vocab_size', '50', '--batch_size', '1', '--rounds', '1', '--device', 'cpu', '--save', str(tmp_path/'b.json')])
     said, kept = capsys.readouterr().out, json.loads((tmp_path/'b.json').read_text())
     assert e.value.code == 0 and '| training fp32 |' in said and kept['machine'] in said and 'checksum' in kept
-    assert {f['what'] for f in kept['figures']} >= {'products fp32', 'copying', 'training fp32', 'writing'} and all(f['per_second'] > 0 for f in kept['figures'])
+    assert {f['what'] for f in kept['figures']} >= {'products fp32', 'copying', 'training fp32', 'writing fp32'} and all(f['per_second'] > 0 for f in kept['figures'])
 
 
 def test_threads(monkeypatch):

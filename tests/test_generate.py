@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from continual_llm.core import UserError, generator, numpy_generator
-from continual_llm.generate import Reader, Sampling, TextStream, banned_pieces, choose, draw, generate, keep_top_k, keep_top_p, penalise, probabilities, stream
+from continual_llm.core import UserError, generator, numpy_generator, seed_for
+from continual_llm.generate import Reader, Sampling, TextStream, banned_pieces, choose, draw, exponential_noise, generate, keep_top_k, keep_top_p, penalise, probabilities, stream
 from continual_llm.model import ContinualLLM, ModelConfig
 
 quick = settings(max_examples=200, deadline=None)
@@ -114,7 +114,7 @@ def test_draws_of_a_batch_follow_the_model():
     s = Sampling(max_tokens=1, temperature=.7, top_k=12, top_p=.95, seed=5)
     reader, banned = Reader(model, [[1]], 1), banned_pieces(tok)
     q = probabilities(reader.read().masked_fill(banned, -math.inf), s)[0]
-    noise = torch.cat([exponential((5, 'generate', row), 1, 260) for row in range(n)])
+    noise = exponential_noise(torch.tensor([seed_for(5, 'generate', row) for row in range(n)]), 0, 260)
     count = torch.bincount(draw(q.expand(n, -1), noise), minlength=260)
     assert ((count/n - q).abs() <= 4*(q*(1-q)/n).sqrt()).all() and (count > 0).sum() > 5
     texts = generate(model, tok, ['']*n, 1, temperature=.7, top_k=12, top_p=.95, seed=5)
@@ -190,10 +190,20 @@ def test_side_by_side_as_alone(knobs):
         assert ''.join(stream(model, tok, PROMPTS[2], 50, seed=seeds[2], **knobs)) == alone[2]
 
 
+def test_compiled_writing_is_the_same():
+    "Rows of different lengths that slide and end at different times, through a cache of one shape and code of one shape"
+    model, tok = toy(scale=4.), Bytes()
+    knobs = dict(seed=[*range(len(PROMPTS))], top_p=.9, repetition_penalty=1.2, stop='q')
+    plain = generate(model, tok, PROMPTS, 40, **knobs)
+    assert generate(model, tok, PROMPTS, 40, compile=True, **knobs) == plain
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True): assert generate(model, tok, PROMPTS, 30, compile=True, **knobs) == generate(model, tok, PROMPTS, 30, **knobs)
+
+
 def test_sampled_text_is_what_the_definition_says():
     "Everything at once, against a few plain lines"
     model, tok, banned = toy(scale=4.), Bytes(), [0, 1, 3]
-    ids, rng, s = [1] + tok.encode('start'), numpy_generator(8, 'generate', 0), Sampling(temperature=.9, top_k=50, top_p=.9, repetition_penalty=1.2)
+    ids, key, s = [1] + tok.encode('start'), torch.tensor([seed_for(8, 'generate', 0)]), Sampling(temperature=.9, top_k=50, top_p=.9, repetition_penalty=1.2)
     seen = set(ids)
     def pick(scores, i):
         scores = scores.clone()
@@ -205,7 +215,7 @@ def test_sampled_text_is_what_the_definition_says():
             if mass >= .9: break
             kept.append(x)
             mass += x
-        times = rng.standard_exponential(260)
+        times = exponential_noise(key, i, 260)[0]
         first = min(range(len(kept)), key=lambda i: times[order[i]]/kept[i])
         seen.add(order[first].item())
         return order[first].item()

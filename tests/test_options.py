@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
-from continual_llm import quantize
+from continual_llm import generate as writing, narrow
 from continual_llm.cli import generate_command, main
 from continual_llm.core import UserError, multiplies_bf16, read_json, seed_everything
 from continual_llm.evaluate import evaluate
@@ -573,19 +573,35 @@ def test_generate_places(made, home, tmp_path, capsys, monkeypatch):
     assert call('--device', 'cuda')[0] == 2
 
 
-@shows(generate_command, 'int8')
-def test_generate_int8(made, capsys, monkeypatch):
-    "The text is that of the model in bytes, which knows as much"
-    used, real = [], quantize.quantized
-    monkeypatch.setattr(quantize, 'quantized', lambda model: used.append(1) or real(model))
-    def text(*more):
-        with pytest.raises(SystemExit): main(['generate', '--model', str(made.folder), '--device', 'cpu', '--prompt', 'the cat', '--max_tokens', '30', *more])
-        return capsys.readouterr().out
-    assert text('--int8') == 'the cat' + generate(real(made.model), made.tokenizer, 'the cat', max_tokens=30) + '\n' and used == [1]
-    assert text() and used == [1]
+def written(made, capsys, *more):
+    "What the command prints"
+    with pytest.raises(SystemExit) as end: main(['generate', '--model', str(made.folder), '--device', 'cpu', '--prompt', 'the cat', '--max_tokens', '30', *more])
+    assert end.value.code in (0, None), capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+@shows(generate_command, 'precision')
+def test_generate_precision(made, capsys, monkeypatch):
+    "The text is that of the model in narrow numbers, which knows as much"
+    used, real = [], narrow.for_writing
+    monkeypatch.setattr(narrow, 'for_writing', lambda model, precision: used.append(precision) or real(model, precision))
     ids = torch.tensor([made.tokenizer.encode(''.join(LINES))[:16*40]]).view(40, 16)
-    with torch.no_grad(): plain, bytes = [m.eval()(ids[:, :-1], targets=ids[:, 1:]).item() for m in (made.model, real(made.model))]
-    assert 0 < abs(plain - bytes) < .005*plain
+    for precision in ('bf16', 'int8'):
+        assert written(made, capsys, '--precision', precision) == 'the cat' + generate(real(made.model, precision), made.tokenizer, 'the cat', max_tokens=30) + '\n'
+        with torch.no_grad(): plain, less = [m.eval()(ids[:, :-1], targets=ids[:, 1:]).item() for m in (made.model, real(made.model, precision))]
+        assert 0 < abs(plain - less) < .005*plain
+    assert written(made, capsys) == 'the cat' + generate(made.model, made.tokenizer, 'the cat', max_tokens=30) + '\n' and used == ['bf16', 'int8', 'fp32']
+
+
+@shows(generate, 'compile')
+@shows(generate_command, 'compile')
+def test_generate_compile(made, capsys, monkeypatch):
+    "The reading of a token goes through the compiler, and the text stays the same"
+    compiled = []
+    monkeypatch.setattr(torch, 'compile', lambda f, **how: compiled.append(f) or f)
+    assert written(made, capsys, '--compile') == written(made, capsys) and compiled[-1] is writing.scores_after
+    with pytest.raises(SystemExit) as end: main(['generate', '--model', str(made.folder), '--device', 'cpu', '--compile', '--precision', 'int8'])
+    assert end.value.code == 2 and 'leave out one of the two' in capsys.readouterr().err
 
 
 # ---- the table ----
