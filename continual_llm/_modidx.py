@@ -892,6 +892,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'continual_llm.ops._SummedNats.backward': ('ops.html#_summednats.backward', 'continual_llm/ops.py'),
                                    'continual_llm.ops._SummedNats.forward': ('ops.html#_summednats.forward', 'continual_llm/ops.py'),
                                    'continual_llm.ops._nats': ('ops.html#_nats', 'continual_llm/ops.py'),
+                                   'continual_llm.ops._number': ('ops.html#_number', 'continual_llm/ops.py'),
                                    'continual_llm.ops._shortness': ('ops.html#_shortness', 'continual_llm/ops.py'),
                                    'continual_llm.ops._slices': ('ops.html#_slices', 'continual_llm/ops.py'),
                                    'continual_llm.ops.aligned': ('ops.html#aligned', 'continual_llm/ops.py'),

@@ -6,6 +6,7 @@
 __all__ = ['HELD', 'too_many', 'next_token_nats', 'RMSNorm', 'swiglu', 'keep_mask', 'Dropout']
 
 # %% ../nbs/03a_ops.ipynb #773290d2
+from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -103,9 +104,13 @@ def next_token_nats(
     return nats.view(targets.shape) if reduction == 'none' else nats
 
 # %% ../nbs/03a_ops.ipynb #97964f59
+@cache
+def _number(value, dtype): return torch.tensor(value, dtype=dtype, device='cpu')
+
 def _shortness(x, eps):
     "What each token of `x` (...,d) is multiplied by to have the length sqrt(d), (...,1)"
-    with torch.autocast('cpu', enabled=False): return torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]  # autocast would square in bfloat16
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(_number(eps, x.dtype), norm, norm, value=1/x.shape[-1]).rsqrt_()
 
 class _Normed(torch.autograd.Function):
     "RMSNorm of `x` (...,d) with its gradient in closed form"
