@@ -16,6 +16,6 @@ setup(
                  *[f'Programming Language :: Python :: {v}' for v in versions]],
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     python_requires='>=' + cfg['min_python'], install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split(), 'hf': cfg['hf_requirements'].split()},
+    extras_require={'dev': cfg['dev_requirements'].split(), 'hf': cfg['hf_requirements'].split(), 'bench': cfg['bench_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['continual_llm=continual_llm._modidx:d']},
     include_package_data=True, zip_safe=False)

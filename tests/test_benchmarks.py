@@ -1,5 +1,5 @@
-"Every benchmark can still be begun: what it imports is there, and its help says what it is for"
-import runpy, sys
+"Every benchmark can still be begun: what it imports is there, and its help says what it is for; those beside others are run in miniature"
+import json, runpy, sys
 from pathlib import Path
 import pytest
 
@@ -16,3 +16,97 @@ def test_it_begins(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', [name, '--help'])
     with pytest.raises(SystemExit) as e: runpy.run_path(str(FOLDER/name), run_name='__main__')
     assert not e.value.code and f'python benchmarks/{name}' in ' '.join(capsys.readouterr().out.split())
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    "Runs a benchmark here, and gives what it printed and the rows that it kept"
+    def at_once(name, *flags):
+        monkeypatch.syspath_prepend(str(FOLDER))
+        monkeypatch.setattr(sys, 'argv', [name, '--results', str(tmp_path/'rows.jsonl'), *flags])
+        runpy.run_path(str(FOLDER/name), run_name='__main__')
+        return capsys.readouterr().out, [json.loads(line) for line in (tmp_path/'rows.jsonl').read_text().splitlines()]
+    return at_once
+
+
+@pytest.fixture
+def without_peers(monkeypatch):
+    "As if nobody had installed them"
+    from importlib import metadata
+    real = metadata.version
+    def version(name):
+        if name in ('litgpt', 'llama-cpp-python', 'gguf'): raise metadata.PackageNotFoundError(name)
+        return real(name)
+    monkeypatch.setattr(metadata, 'version', version)
+
+
+def test_training_beside_others(run, without_peers):
+    flags = '--shapes', 'tiny', '--rounds', '1', '--contenders', 'ours,hf,litgpt bf16,plain'
+    said, rows = run('peers_train.py', *flags)
+    row = {r['contender']: r for r in rows}
+    assert row['ours']['params'] == row['hf']['params'] and abs(row['plain']['params']/row['ours']['params'] - 1) < .05
+    assert all(8.8 < row[name]['first'] < 9.3 for name in ('ours', 'hf', 'plain'))  # log 8000 is 8.99: all see the same task
+    assert row['litgpt bf16']['missing'] == 'litgpt is not installed' and '| litgpt bf16 | litgpt is not installed |' in said
+    assert len(row['ours']['seconds']) == 1 and '| ours | ' in said
+
+
+def test_what_is_measured_is_not_measured_again(run, monkeypatch):
+    flags = '--shapes', 'tiny', '--rounds', '1'
+    first = run('profile_step.py', *flags)[1]
+    import torch
+    monkeypatch.delattr(torch.profiler, 'profile')
+    assert run('profile_step.py', *flags)[1] == first
+    with pytest.raises(AttributeError): run('profile_step.py', *flags, '--again')
+
+
+def test_the_parts_of_a_step(run):
+    _, rows = run('profile_step.py', '--shapes', 'tiny', '--rounds', '1')
+    took = {r['contender']: r['seconds'][0] for r in rows}
+    assert took['products'] > 0 and took['attention backward'] > 0 and took['optimizer'] > 0
+    assert took['other'] < .2*sum(took.values())  # operations that no group claims
+
+
+def test_writing_beside_others(run, without_peers):
+    said, rows = run('peers_generate.py', '--shapes', 'tiny', '--rounds', '1', '--contenders', 'ours,ours bf16,ours int8,hf bf16,litgpt bf16,llama.cpp f16')
+    row = {r['contender']: r for r in rows}
+    assert row['ours']['first'] == 128 and all(len(row[name]['seconds']) == 1 for name in ('ours', 'ours bf16', 'ours int8', 'hf bf16'))
+    assert [r['contender'] for r in rows if 'missing' in r] == ['litgpt bf16', 'llama.cpp f16']
+
+
+def test_others_have_our_weights(monkeypatch):
+    import torch
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import peers_generate as p
+    shape, _ = p.shape_of('tiny')
+    ids = torch.tensor([p.prompt_of(shape)])
+    with torch.no_grad(): torch.testing.assert_close(p.hf_copy(shape)[0](ids).logits, p.fresh(shape)(ids), rtol=1e-3, atol=1e-3)
+
+
+def test_weights_for_llama_cpp(monkeypatch):
+    "Names and places by hand: numbers i and i+D/2 of a head, which turn together, come to stand side by side"
+    import torch
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import peers_generate as p
+    assert p.gguf_name('model.layers.11.self_attn.q_proj.weight') == 'blk.11.attn_q.weight' and p.gguf_name('model.norm.weight') == 'output_norm.weight'
+    assert p.turned(torch.arange(8)[:, None].float(), 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_reading_is_measured(run):
+    said, rows = run('data_speed.py', '--megabytes', '.1', '--vocab_size', '500', '--sizes', '1,2', '--shapes', 'tiny', '--rounds', '1')
+    row = {(r['shape'], r['contender']): r for r in rows}
+    assert row['prepare', 'prepare']['amount'] == row['prepare', 'sentencepiece']['amount'] > 20_000  # the same tokens
+    assert row['growth', 'reading, 2 MB']['allocated'] > 0 and '| 2 MB |' in said
+    assert row['share tiny', 'reading']['amount'] == 100*8*256 and row['share tiny', 'step']['amount'] == 4*8*256  # a hundred batches, four steps
+
+
+def test_the_tables_say_what_the_rows_say(run, tmp_path):
+    stamp = dict(threads=1, machine='a machine', date='2026-01-01', load=0.)
+    rows = [dict(set='train', shape='small', contender='products fp32', amount=1000, unit='operations', seconds=[1., 2., 1.]),
+            dict(set='train', shape='small', contender='ours', amount=100, unit='tokens', seconds=[1., 2., 4.], work=2, limit='products fp32', params=3e6),
+            dict(set='train', shape='small', contender='another', amount=100, unit='tokens', seconds=[3., 4., 4.], work=2, limit='products fp32', params=3e6),
+            dict(set='train', shape='small', contender='a third', missing='it is not installed')]
+    (tmp_path/'rows.jsonl').write_text('\n'.join(json.dumps(dict(r, **stamp)) for r in rows) + '\n')
+    said, _ = run('speed.py', '--table')
+    assert '| ours | 50 (25 to 100) |  | 20% | 3.0 M |' in said               # 200 of 1000, 100 of 500, 50 of 1000
+    assert '| another | 25 (25 to 33) | 2.00 (1.00 to 3.00) | 7% | 3.0 M |' in said
+    assert '| a third | it is not installed | | | |' in said
