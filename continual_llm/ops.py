@@ -125,9 +125,9 @@ class _Normed(torch.autograd.Function):
     def backward(ctx, dy):
         x, gain, r = ctx.saved_tensors
         unit, dy = x*r, dy.to(x.dtype)
-        dgain, h = (dy*unit).flatten(0, -2).sum(0), dy*gain
-        shared = torch.linalg.vecdot(h, unit).div_(x.shape[-1])[..., None]
-        return h.addcmul_(unit, shared, value=-1).mul_(r), dgain, None, None
+        both = (dy*unit).flatten(0, -2)                                                # (N,d)
+        shared = (both @ gain).view(r.shape)                                           # the gradient along the token, which keeping its length takes away
+        return (dy*gain).addcmul_(unit, shared, value=-1/x.shape[-1]).mul_(r), both.sum(0), None, None
 
 class RMSNorm(nn.RMSNorm):
     "PyTorch's own, with a faster gradient on a CPU"
