@@ -1,5 +1,5 @@
 "Every benchmark can still be begun: what it imports is there, and its help says what it is for; those beside others are run in miniature"
-import json, runpy, sys
+import json, os, runpy, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -110,3 +110,14 @@ def test_the_tables_say_what_the_rows_say(run, tmp_path):
     assert '| ours | 50 (25 to 100) |  | 20% | 3.0 M |' in said               # 200 of 1000, 100 of 500, 50 of 1000
     assert '| another | 25 (25 to 33) | 2.00 (1.00 to 3.00) | 7% | 3.0 M |' in said
     assert '| a third | it is not installed | | | |' in said
+
+
+def test_all_of_the_gpu_benchmark_runs(tmp_path):
+    "In miniature on the CPU: every part leaves its rows, and all that it checks holds"
+    env = dict(os.environ, PYTHONPATH=str(FOLDER.parent), OMP_NUM_THREADS='1')
+    done = subprocess.run([sys.executable, FOLDER/'gpu.py', '--device', 'cpu', '--mini', '--out', tmp_path/'gpu'], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    rows = [json.loads(line) for line in (tmp_path/'gpu.jsonl').read_text().splitlines()]
+    assert done.returncode == 0, [r for r in rows if r.get('ok') is False or r['what'] == 'FAILED'] or done.stderr[-1000:]
+    assert {r['part'] for r in rows} == set(runpy.run_path(str(FOLDER/'gpu.py'), run_name='imported')['PARTS'])
+    assert sum(r.get('ok', False) for r in rows) >= 30
+    assert (tmp_path/'gpu.md').read_text().count('\n## ') == len({r['part'] for r in rows})
