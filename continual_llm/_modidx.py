@@ -329,6 +329,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'continual_llm.data.TokenFile.ids': ('data.html#tokenfile.ids', 'continual_llm/data.py'),
                                     'continual_llm.data._append': ('data.html#_append', 'continual_llm/data.py'),
                                     'continual_llm.data._checksum': ('data.html#_checksum', 'continual_llm/data.py'),
+                                    'continual_llm.data._encoded': ('data.html#_encoded', 'continual_llm/data.py'),
                                     'continual_llm.data._is_count': ('data.html#_is_count', 'continual_llm/data.py'),
                                     'continual_llm.data._is_text': ('data.html#_is_text', 'continual_llm/data.py'),
                                     'continual_llm.data._pieces': ('data.html#_pieces', 'continual_llm/data.py'),

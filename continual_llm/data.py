@@ -9,6 +9,7 @@ __all__ = ['FORMAT', 'HEADER', 'PIECE', 'TokenFile', 'open_tokens', 'write_token
 
 # %% ../nbs/02_data.ipynb #635d2f23
 import contextlib, hashlib, json, os, stat, sys, tempfile, time, warnings, zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import chain
@@ -161,9 +162,9 @@ def count_bytes(
 # %% ../nbs/02_data.ipynb #3f52f2d8
 def _tokenized(texts, tokenizer, counts):
     "Chunks of ids and of the places where documents begin; adds to the `counts` of words, bytes and lines"
-    for chunk in _pieces(texts):
+    for chunk, encoded in _encoded(_pieces(texts), tokenizer):
         rows, starts, n = [], [], 0
-        for (text, begins, apart), row in zip(chunk, tokenizer.encode_batch([text for text, *_ in chunk])):
+        for (text, begins, apart), row in zip(chunk, encoded):
             apart = apart and counts['n_lines'] > 0  # nothing to stand apart from before the first
             if apart: row = [tokenizer.eos_id, *row]
             if begins: starts.append(n + apart)
@@ -173,6 +174,16 @@ def _tokenized(texts, tokenizer, counts):
             counts['n_bytes'] += count_bytes(text)
             counts['n_lines'] += 1
         yield np.fromiter(chain.from_iterable(rows), np.uint32, n), starts
+
+def _encoded(pieces, tokenizer):
+    "Pairs of a piece and its ids; the next one is tokenized while whoever asked is busy with them"
+    with ThreadPoolExecutor(1) as beside:
+        before = None
+        for piece in pieces:
+            ids = beside.submit(tokenizer.encode_batch, [text for text, *_ in piece])
+            if before: yield before[0], before[1].result()
+            before = piece, ids
+        if before: yield before[0], before[1].result()
 
 def _pieces(texts):
     "Lists of texts, about a mebibyte each"
