@@ -306,6 +306,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'continual_llm.core.human_bytes': ('core.html#human_bytes', 'continual_llm/core.py'),
                                     'continual_llm.core.human_time': ('core.html#human_time', 'continual_llm/core.py'),
                                     'continual_llm.core.in_range': ('core.html#in_range', 'continual_llm/core.py'),
+                                    'continual_llm.core.keep_freed_memory': ('core.html#keep_freed_memory', 'continual_llm/core.py'),
                                     'continual_llm.core.multiplies_bf16': ('core.html#multiplies_bf16', 'continual_llm/core.py'),
                                     'continual_llm.core.nearest': ('core.html#nearest', 'continual_llm/core.py'),
                                     'continual_llm.core.numpy_generator': ('core.html#numpy_generator', 'continual_llm/core.py'),

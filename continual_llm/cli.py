@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'add_flags', 'parse', 'pretrain_command', 'generate_comma
 
 # %% ../nbs/20_cli.ipynb #a2dd056d
 import argparse, contextlib, importlib, inspect, os, signal, sys, threading, warnings
-from .core import UserError, nearest
+from .core import UserError, keep_freed_memory, nearest
 
 # %% ../nbs/20_cli.ipynb #b65de536
 _SHOWN = {int: 'INT', float: 'FLOAT', str: 'TEXT'}  # what follows a flag, in the help
@@ -161,6 +161,7 @@ def main(
     argv:list|None=None, # the words after `continual-llm`; left out, the process's own
 )->None:
     "The console command"
+    if argv is None: keep_freed_memory()  # the process is ours
     with warnings.catch_warnings(), _terminable():
         warnings.showwarning = lambda message, *place: print(f"continual-llm: note: {message}", file=sys.stderr)
         code, line = _ending(sys.argv[1:] if argv is None else argv)

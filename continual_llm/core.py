@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['UserError', 'nearest', 'shown', 'one_of', 'in_range', 'fields_in_range', 'yes_or_no', 'as_path', 'seed_for',
            'generator', 'numpy_generator', 'seed_everything', 'pick_device', 'multiplies_bf16', 'pick_precision',
-           'autocast', 'compiler_says', 'check_compiler', 'sync_folder', 'atomic_file', 'write_bytes', 'write_json',
-           'read_small', 'read_json', 'file_hash', 'human_bytes', 'human_time']
+           'autocast', 'compiler_says', 'check_compiler', 'keep_freed_memory', 'sync_folder', 'atomic_file',
+           'write_bytes', 'write_json', 'read_small', 'read_json', 'file_hash', 'human_bytes', 'human_time']
 
 # %% ../nbs/00_core.ipynb #9e216a0d
-import contextlib, difflib, hashlib, json, math, os, reprlib, secrets, stat
+import contextlib, ctypes, difflib, hashlib, json, math, os, platform, reprlib, secrets, stat
 from pathlib import Path
 import numpy as np
 import torch
@@ -204,6 +204,15 @@ def check_compiler(
     try: torch.compile(lambda x: 2*x)(torch.ones(2, device=device))
     except Exception as e:
         raise UserError(f"compile: torch cannot compile on {device} here ({compiler_says(e)}); install a C++ compiler such as g++, or leave it out") from None
+
+# %% ../nbs/00_core.ipynb #f47285e6
+def keep_freed_memory()->bool: # was it set? Only glibc can be asked, and not where the environment says otherwise
+    "Let this process keep the memory that it frees, for what it will need next"
+    told = any(name.startswith('MALLOC_') or name == 'GLIBC_TUNABLES' for name in os.environ)
+    if told or platform.libc_ver()[0] != 'glibc': return False
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # as in malloc.h
+    libc = ctypes.CDLL(None)
+    return all([libc.mallopt(trim_threshold, 2**31 - 1), libc.mallopt(top_pad, 2**28), libc.mallopt(mmap_threshold, 2**31 - 1)])
 
 # %% ../nbs/00_core.ipynb #b017c4e9
 def sync_folder(
