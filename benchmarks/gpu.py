@@ -247,7 +247,7 @@ def graphs(a):
     cleared(a)
 
 
-KINDS = dict(products=('gemm', 'mm', 'cutlass', 'nvjet', 'cublas'), attention=('flash', 'fmha', 'attention', 'sdpa'), optimizer=('adam', 'multi_tensor', 'foreach'), norms=('norm',), copies=('copy', 'memcpy', 'memset'))
+KINDS = dict(fused=('triton_', 'cpp_fused'), attention=('flash', 'fmha', 'attention', 'sdpa'), products=('gemm', 'mm', 'cutlass', 'nvjet', 'cublas'), optimizer=('adam', 'multi_tensor', 'foreach'), norms=('norm',), copies=('copy', 'memcpy', 'memset'))
 
 
 def profile(a):
@@ -262,7 +262,7 @@ def profile(a):
             for _ in range(3): step()
             wait(a.on)
         wall, how = time.perf_counter() - begun, 'compiled' if compiled else 'eager'
-        spent = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total)/1e6 for e in seen.key_averages() if not cuda or str(e.device_type).endswith('CUDA')}
+        spent = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total)/1e6 for e in seen.key_averages() if not getattr(e, 'is_user_annotation', False) and (not cuda or str(e.device_type).endswith('CUDA'))}
         total, sums = sum(spent.values()) or 1., {}
         for key, s in spent.items():
             kind = next((k for k, words in KINDS.items() if any(w in key.lower() for w in words)), 'other')
