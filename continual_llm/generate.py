@@ -395,7 +395,6 @@ def stream(
     s, one = Sampling(max_tokens, **sampling), isinstance(prompt, str)
     ids = _prompt_rows(model, tokenizer, [prompt] if one else prompt)
     keys, banned, compile = _keys(s.seed, len(ids)), banned_pieces(tokenizer, s.forbid), yes_or_no('compile', compile)
-    if compile and not getattr(model, 'compiles', True): raise UserError("compile: narrow weights on a CPU have products of their own, which are not compiled; leave out one of the two")
     if compile: check_compiler(next(model.parameters()).device)
     pairs = _write(model, tokenizer, ids, keys, banned, s, compile) if ids and max_tokens else iter(())
     return (text for _, text in pairs) if one else pairs

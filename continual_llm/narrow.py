@@ -7,6 +7,7 @@ __all__ = ['WORD', 'FEW', 'LARGE', 'PRECISIONS', 'NarrowLinear', 'Bf16Linear', '
            'for_writing']
 
 # %% ../nbs/10b_narrow.ipynb #fb6303d8
+import itertools, weakref
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,38 +19,52 @@ def _packs():
     "Has this CPU's oneDNN a product of bfloat16?"
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
+_MADE, _NUMBERS = weakref.WeakValueDictionary(), itertools.count()
+
+@torch.library.custom_op('continual_llm::narrow_product', mutates_args=())
+def _product(x:torch.Tensor, number:int, rows:int, kind:torch.dtype)->torch.Tensor: return _MADE[number].packed_product(x)
+
+@_product.register_fake
+def _(x, number, rows, kind): return x.new_empty(len(x), rows, dtype=kind)
+
 class NarrowLinear(nn.Module):
     "A matrix that cannot be trained"
+    packed = None # the matrix in the order that oneDNN wants
     def __init__(self,
         weight:torch.Tensor, # (rows, columns)
     ):
         super().__init__()
-        self.shape = tuple(weight.shape)
+        self.shape, self.number = tuple(weight.shape), next(_NUMBERS)
+        _MADE[self.number] = self
         self.pack(weight.detach().float())
 
     def forward(self,
         x:torch.Tensor, # (..., columns)
     )->torch.Tensor:    # (..., rows)
         "The product with the matrix"
-        return self.product(x.reshape(-1, self.shape[1])).view(*x.shape[:-1], -1)
+        flat = x.reshape(-1, self.shape[1])
+        if self.packed is None: y = self.product(flat)
+        elif torch.compiler.is_compiling(): y = _product(flat, self.number, self.shape[0], self.kind)  # the compiler knows no packed matrices, but may call what does
+        else: y = self.packed_product(flat)
+        return y.view(*x.shape[:-1], -1)
 
     def extra_repr(self): return f"{self.shape[1]} to {self.shape[0]}"
 
 class Bf16Linear(NarrowLinear):
     "A matrix in bfloat16, and so is what comes out"
+    kind = torch.bfloat16
     def pack(self, weight):
         "Round, and bring into order"
         weight = weight.bfloat16()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1) if weight.device.type == 'cpu' and _packs() else None
-        if self.packed is None: self.register_buffer('plain', weight)
+        if weight.device.type == 'cpu' and _packs(): self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
+        else: self.register_buffer('plain', weight)
 
     @property
     def weight(self)->torch.Tensor: # (rows, columns) bfloat16
         return self.plain if self.packed is None else self.packed.to_dense()
 
-    def product(self, x):
-        if self.packed is None: return F.linear(x.bfloat16(), self.plain)
-        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, None, 'none', [], '')
+    def product(self, x): return F.linear(x.bfloat16(), self.plain)
+    def packed_product(self, x): return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, None, 'none', [], '')
 
 # %% ../nbs/10b_narrow.ipynb #971ba74d
 WORD = 16        # numbers that PyTorch's kernel reads of a row at once; where a row is no multiple, it would read past its end
@@ -58,6 +73,7 @@ LARGE = 500_000  # numbers from which a matrix is multiplied by inputs that are 
 
 class Int8Linear(NarrowLinear):
     "A matrix in bytes, with a scale for each row (Dettmers et al. 2022)"
+    kind = torch.float32
     def pack(self, weight):
         "Round, and bring into order"
         scale = (weight.abs().amax(1)/127).clamp(min=2.**-100)
@@ -65,9 +81,9 @@ class Int8Linear(NarrowLinear):
         scale = torch.where(near.float() < scale, torch.nextafter(near, torch.full_like(near, torch.inf)), near)
         rows = (weight/scale.float()[:, None]).round().to(torch.int8)
         self.register_buffer('scale', scale)
-        self.packed = torch.ops.onednn.qlinear_prepack(rows, None) if weight.device.type == 'cpu' and weight.numel() >= LARGE and _packs() else None
-        if self.packed is None: self.register_buffer('rows', rows)
-        else: self.wide, self.zero = scale.float(), torch.zeros(len(rows), dtype=torch.int64)
+        if weight.device.type == 'cpu' and weight.numel() >= LARGE and _packs():
+            self.packed, self.wide, self.zero = torch.ops.onednn.qlinear_prepack(rows, None), scale.float(), torch.zeros(len(rows), dtype=torch.int64)
+        else: self.register_buffer('rows', rows)
 
     def bytes(self)->torch.Tensor: # (rows, columns) int8
         return self.rows if self.packed is None else self.packed.to_dense().T
@@ -78,11 +94,10 @@ class Int8Linear(NarrowLinear):
         return self.bytes().float()*self.scale.float()[:, None]
 
     def product(self, x):
-        if self.packed is not None: return self._all_bytes(x)
         if x.device.type == 'cpu' and len(x) <= FEW and x.shape[1] % WORD == 0: return torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.rows, self.scale).to(x.dtype)
         return F.linear(x, self.rows.to(x.dtype))*self.scale.to(x.dtype)
 
-    def _all_bytes(self, x):
+    def packed_product(self, x):
         "Each input as bytes around 128, with a scale of its own"
         scale = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).float().clamp_(min=2.**-100).div_(127)
         x = (x/scale).add_(128.5).to(torch.uint8)  # the half rounds, since what follows cuts off
@@ -133,7 +148,7 @@ def for_writing(
         for part, name in ((ours.attn, 'qkv'), (ours.attn, 'out'), (ours.mlp, 'gate_up'), (ours.mlp, 'down')):
             setattr(part, name, Linear(getattr(theirs.attn if part is ours.attn else theirs.mlp, name).weight))
     other.head, other.embed = Linear(model.out_weight), _table(model.embed.weight, precision)
-    other.cache_dtype, other.compiles = torch.float32 if precision == 'int8' and device.type == 'cpu' else torch.bfloat16, device.type != 'cpu'
+    other.cache_dtype = torch.float32 if precision == 'int8' and device.type == 'cpu' else torch.bfloat16
     other.load_state_dict({name: p.detach().clone() for name, p in model.named_parameters() if name in dict(other.named_parameters())}, strict=False, assign=True)
     other._make_tables()
     return other.to(device).requires_grad_(False).eval()

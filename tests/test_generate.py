@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from continual_llm import narrow
 from continual_llm.core import UserError, generator, numpy_generator, seed_for
 from continual_llm.generate import Reader, Sampling, TextStream, banned_pieces, choose, draw, exponential_noise, generate, keep_top_k, keep_top_p, penalise, probabilities, stream
 from continual_llm.model import ContinualLLM, ModelConfig
@@ -198,6 +199,20 @@ def test_compiled_writing_is_the_same():
     assert generate(model, tok, PROMPTS, 40, compile=True, **knobs) == plain
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True): assert generate(model, tok, PROMPTS, 30, compile=True, **knobs) == generate(model, tok, PROMPTS, 30, **knobs)
+
+
+@pytest.mark.parametrize('precision', ['bf16', 'int8'])
+def test_narrow_weights_in_compiled_code(precision, monkeypatch):
+    "Packed matrices are no tensors that the compiler knows; they are called from its code, and give the same"
+    monkeypatch.setattr(narrow, 'LARGE', 2000)  # of the toy's matrices some are packed, some are not
+    model = narrow.for_writing(toy(scale=4.).float(), precision)
+    packed = {m.packed is not None for m in model.modules() if isinstance(m, narrow.NarrowLinear)}
+    assert packed == {True} if precision == 'bf16' and narrow._packs() else packed == {True, False} or not narrow._packs()
+    readers = [Reader(model, [[1, 5, 6], [1, 9]], 12, compiled) for compiled in (False, True)]
+    for _ in range(6):
+        a, b = [r.read() for r in readers]
+        assert (a-b).norm() < 1e-2*a.norm()
+        for r in readers: r.append(a.argmax(-1).tolist())
 
 
 def test_sampled_text_is_what_the_definition_says():
