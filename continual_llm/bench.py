@@ -10,6 +10,7 @@ __all__ = ['SIZES', 'PROMPT', 'WRITTEN', 'CROWDED', 'UNSTEADY', 'WORTH', 'Figure
 import os, platform, statistics, time
 from dataclasses import asdict, dataclass, field, replace
 import torch
+from .batches import sent
 from .core import UserError, as_path, in_range, multiplies_bf16, numpy_generator, pick_device, write_json
 from .footprint import count_params, flops_per_token
 from .generate import Reader, Sampling, choose
@@ -94,7 +95,7 @@ def train_task(
     opt = make_optimizer(model, OptimConfig(optimizer))
     ids = torch.from_numpy(numpy_generator(0, 'bench').integers(shape.vocab_size, size=(batch_size, seq_len + 1)))
     def loss_fn(model, micro):
-        x, y = [t.to(device) for t in micro]
+        x, y = [sent(t, device) for t in micro]
         return model(x, targets=y, reduction='sum'), y.numel()
     parts = Parts(lambda step: [(ids[:, :-1], ids[:, 1:])], loss_fn, None, None)
     config = LoopConfig(10**6, learning_rate=1e-4, precision=precision, device=str(device))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from .batches import sent
 from .core import UserError, in_range, seed_for
 from .generate import Chooser, Reader, Sampling, banned_pieces, evaluating
 from .ops import next_token_nats, product_dtype, softmax_into
@@ -85,7 +86,7 @@ def distilled(
     def loss_fn(model, micro):
         x, y, *marks = micro
         asked = marks[0] if marks else torch.ones(len(x), dtype=torch.bool)
-        x, y, old, new = [t.to(model.out_weight.device) for t in (x, y, asked.nonzero()[:, 0], (~asked).nonzero()[:, 0])]  # counted where they were made: a GPU would have to be waited for
+        x, y, old, new = [sent(t, model.out_weight.device) for t in (x, y, asked.nonzero()[:, 0], (~asked).nonzero()[:, 0])]  # counted where they were made: a GPU would have to be waited for
         if model is teacher: raise UserError("the teacher is the model being trained, which teaches nothing; give a copy of what it was")
         if len(teacher.out_weight) != len(model.out_weight):
             raise UserError(f"the teacher knows {len(teacher.out_weight)} pieces and the model {len(model.out_weight)}; extend the teacher likewise")
