@@ -57,7 +57,7 @@ def causal_attention(
 )->torch.Tensor:      # (B,H,T,D)
     "Every token looks at itself and at what came before"
     narrow = q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.shape[2]*q.shape[3] <= SMALL
-    if narrow and not dropout and torch.is_grad_enabled() and q.requires_grad and not torch.compiler.is_compiling(): return _NarrowCausal.apply(q, k, v)
+    if narrow and not dropout and torch.is_grad_enabled() and q.requires_grad: return _NarrowCausal.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
 
 # %% ../nbs/03_attention.ipynb #f39b0744
