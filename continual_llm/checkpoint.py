@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'checkpoint_payload', 'plain_name', 'checkpoint_file', 'load_checkpoint', 'run_id', 'run_lock',
-           'ResumeStates', 'Checkpoints']
+           'ResumeStates', 'put_at', 'Checkpoints']
 
 # %% ../nbs/08_checkpoint.ipynb #0770f5d5
-import contextlib, hashlib, json, os, re, shutil, socket, sys, tempfile, time, warnings
+import contextlib, hashlib, json, math, os, re, shutil, socket, sys, tempfile, time, warnings
 from collections import OrderedDict
 from pathlib import Path
 import torch
 from .archive import DamagedFile, StorageError, load_object, make_folder, plain, save_object
 from .archive import storage_failure, tensor_bytes, write_archive
-from .core import UserError, as_path, read_json, sync_folder
+from .core import UserError, as_path, file_hash, read_json, sync_folder
 from .metrics import perplexity
 
 # %% ../nbs/08_checkpoint.ipynb #2af56fdb
@@ -229,12 +229,21 @@ def _sign(file):
     file.flush()
 
 # %% ../nbs/08_checkpoint.ipynb #7e723ec6
+_SHARDS = r'(\d{6,})-[0-9a-f]{8}'  # a folder of shards: the step, and what makes each save's its own
+
 def _clear_leftovers(folder):
     "Remove the temporary names of killed saves, and nothing that is not of their pattern"
     for p in [*folder.glob('.saving-*'), *folder.glob('*/.saving-*')]: shutil.rmtree(p, ignore_errors=True)
     for p in [*folder.glob('.*.tmp'), *folder.glob('*/.*.tmp')]:
         with contextlib.suppress(OSError):
             if re.fullmatch(r'\..+\.[a-z0-9_]{8}\.tmp', p.name): os.unlink(p)
+    _clear_shards(folder)
+
+def _clear_shards(folder, step=None, shards=None):
+    "Remove shards that no resume state speaks of: those of a step that has none, and of `step` those before the newest"
+    for p in folder.glob('last/*-*'):
+        if not (m := re.fullmatch(_SHARDS, p.name)): continue
+        if not p.with_name(f"{m[1]}.pt").exists() or int(m[1]) == step and p.name != (shards or {}).get('folder'): shutil.rmtree(p, ignore_errors=True)
 
 # %% ../nbs/08_checkpoint.ipynb #690f7afb
 class ResumeStates:
@@ -266,16 +275,18 @@ class ResumeStates:
         steps = self.steps()
         for other in {*[s for s in steps if s < step][:-1], *[s for s in steps if s > step]} - {*spare}:
             with contextlib.suppress(OSError): os.unlink(self._generation(other))
+        _clear_shards(self.folder, step, state.get('shards'))
         return path
 
     def latest(self,
         steps:list|None=None, # in which order to look; left out, all there are, the newest first
         facts:dict|None=None, # what the states of this run keep as their `facts`; None takes any
+        whole:bool=True,      # put tensors together whose shards lie in files of their own?
     )->tuple:                 # (state, path, skipped): skipped lists (path, reason); (None, None, []) if there is nothing
         "The first resume state that verifies and is of this run"
         skipped = []
         for path in map(self._generation, reversed(self.steps()) if steps is None else steps):
-            try: return _own_state(load_object(path), path, facts), path, skipped
+            try: return _with_shards(_own_state(load_object(path), path, facts), path.parent, whole), path, skipped
             except DamagedFile as e: skipped.append((path, str(e)))
         if not skipped: return None, None, []
         raise DamagedFile(f"{self.folder/'last'} holds no resume state that is whole ({skipped[0][1]}); begin anew with --overwrite")
@@ -289,6 +300,49 @@ def _own_state(state, path, facts):
     if name == path.stem: raise DamagedFile(f"{path} is a resume state of another run")
     held = f"the state of step {name[:20].lstrip('0')}" if type(name) is str else 'no resume state'
     raise DamagedFile(f"{path} holds {held}, so files were exchanged")
+
+# %% ../nbs/08_checkpoint.ipynb #1e3c559d
+def _with_shards(state, folder, whole):
+    "A state whose tensors may lie in files of their own: these verified, and if asked in their places"
+    if 'shards' not in state: return state
+    with _held_to_form(folder/f"{state['generation']}.pt"):
+        place = folder/re.fullmatch(_SHARDS, state['shards']['folder'])[0]
+        for name, digest in state['shards']['files'].items():
+            path = place/re.fullmatch(r'\d+\.pt', name)[0]
+            if not path.is_file() or file_hash(path) != digest: raise DamagedFile(f"{path} is missing, damaged or another one than was saved")
+        return _put_together(state, place) if whole else state
+
+@contextlib.contextmanager
+def _held_to_form(path):
+    "A table of shards that cannot be followed is damage"
+    try: yield
+    except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, OSError) as e: raise DamagedFile(f"{path} does not say where its shards lie ({e})") from None
+
+# %% ../nbs/08_checkpoint.ipynb #1e217977
+def _put_together(state, place):
+    "A state with every tensor whole, from the shards in a folder"
+    shards, found = state.pop('shards'), {}
+    room, files = 4*sum((place/name).stat().st_size for name in shards['files']), list(shards['files'])  # a small file must not stand for endless weights
+    for key, t in shards['tensors'].items():
+        whole, parts = math.prod(t['size']), sum(math.prod(c['size']) for c in t['chunks'])
+        if whole != parts or (room := room - whole) < 0: raise KeyError(f"{key} is not what its parts make")
+        found[key] = torch.empty(t['size'], dtype=getattr(torch, t['dtype']))
+    for name in files:
+        held = load_object(place/name)
+        for key, c in ((k, c) for k, t in shards['tensors'].items() for c in t['chunks'] if c['file'] == name):
+            found[key][tuple(slice(o, o+n) for o, n in zip(c['offset'], c['size']))].copy_(held[key].view(c['size']))
+    for key, t in found.items(): put_at(state, key, t)
+    return state
+
+def put_at(
+    state:dict,     # nested dictionaries and lists
+    key:str,        # the path of a tensor in it, as JSON: '["model_state_dict", "norm.weight"]'
+    t:torch.Tensor,
+)->None:
+    "Put a tensor in its place"
+    *path, last = json.loads(key)
+    for step in path: state = state[step]
+    state[last] = t
 
 # %% ../nbs/08_checkpoint.ipynb #13c7ba9d
 class Checkpoints(ResumeStates):

@@ -57,11 +57,12 @@ def token_nats(
     out = torch.zeros(len(ids), dtype=torch.double if device.type == 'cpu' else torch.float32, device=device)  # a GPU is waited for at the end alone
     with evaluating(model):
         for i, (x, y, new) in enumerate(windows(ids, context, stride or context, batch_size, bos_id)):
-            poll()
+            if i % processes.world == 0: poll()  # in all at once, between the turns
             at, begin = at + len(x)*new, at
             if i % processes.world != processes.rank: continue  # another one's
             with autocast(precision, device): nats = model(sent(x, device), targets=sent(y, device), reduction='none')  # (B,T)
             out[begin:at] = nats[:, -new:].flatten()
+        if processes.sharded and 0 < (i+1) % processes.world <= processes.rank: model(sent(x[:1], device), targets=sent(y[:1], device))  # a turn for company: all put each layer together
     return processes.sum_(out.cpu().double())  # one process filled each place, so these are the bits of one that did all of them
 
 # %% ../nbs/11_evaluate.ipynb #24d1b82f

@@ -18,6 +18,7 @@ from torch import nn
 from .core import UserError, autocast, fields_in_range, one_of, seed_everything, shown
 from .distributed import Processes
 from .guard import ROLLBACKS, SKIPS, Guard, advice
+from .optim import own, whole
 from .schedule import constant_then_decay, rewarm, set_lr
 
 # %% ../nbs/09_loop.ipynb #96c5c360
@@ -157,12 +158,12 @@ def gradients(
     nats, tokens, failed = [], 0, 0
     try: nats, tokens = half_sums(model, parts, config, step, poll)
     except Exception as e:
-        if not ran_out(e): raise
+        if not ran_out(e) or processes.sharded: raise  # the others are in the midst of a layer, and learn it from the broken connection
         failed = 1
     tokens, failed = processes.sums(tokens, failed)
     if failed: raise OutOfMemory
     learning = [p for p in model.parameters() if p.requires_grad]
-    if processes.world > 1: share_gradients(learning, processes)
+    if processes.world > 1 and not processes.sharded: share_gradients(learning, processes)  # shards have been added up layer by layer
     for p in learning:
         if p.grad is not None: p.grad.div_(tokens)
     if parts.penalty is not None: parts.penalty().backward()
@@ -198,7 +199,7 @@ def take_step(
     opt.zero_grad(set_to_none=True)
     nats, tokens = gradients(model, parts, config, step, poll, processes)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-    nats, norm = read(nats, norm, processes)
+    nats, norm = read(nats, whole(norm), processes)
     wrong = guard.verdict(nats/tokens, norm, config.spike)
     set_lr(opt, config.lr(step))
     if not wrong: opt.step()
@@ -334,7 +335,7 @@ def all_finite(
     x, # tensors and plain values, nested
 )->bool:
     "Is every number of every tensor finite?"
-    if isinstance(x, torch.Tensor): return bool(x.isfinite().all())
+    if isinstance(x, torch.Tensor): return bool(own(x).isfinite().all())
     return all(map(all_finite, x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()))
 
 def with_events(
@@ -382,7 +383,7 @@ class Loop:
         at = self.at
         if due and is_anchor(at.step, self.config) and not at.guard.skipped: at.anchors = [*(s for s in at.anchors if s != at.step), at.step][-2:]
         at.seconds = self.clock.seconds()
-        if self.store and self.processes.first: self.store.save_last(resume_state(self.opt, at, self.parts, self.history), at.step, spare=at.anchors)
+        if self.writer: self.writer.save_last(resume_state(self.opt, at, self.parts, self.history), at.step, spare=at.anchors)
         self.clock.saved = time.monotonic()
 
     def sound(self)->bool:
@@ -394,6 +395,11 @@ class Loop:
         if not self.sound(): raise Diverged("a weight or a moment of the optimizer is not finite")
 
     @property
+    def writer(self):
+        "What is written to, in a process that writes: the first, or all where each holds a share"
+        return self.store if self.processes.first or self.processes.sharded else None
+
+    @property
     def over(self)->bool: return bool(self.at.stopped) or self.at.step >= self.config.total and not evaluation_due(self.at, self.config)
 
 # %% ../nbs/09_loop.ipynb #2317779a
@@ -401,7 +407,7 @@ def turn(
     loop:Loop,
 ):
     "Look up if it is time to, or take a step"
-    at, config, writer = loop.at, loop.config, loop.store if loop.processes.first else None
+    at, config, writer = loop.at, loop.config, loop.writer
     if evaluation_due(at, config):
         loop.check()
         look_up(at, loop.parts, config, loop.history, writer, loop.signals.agree)

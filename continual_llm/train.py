@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS_OF_A_RUN', 'QUICK', 'holds_run', 'check_folder', 'read_record', 'check_room', 'clear_run', 'check_same',
            'machine', 'Run', 'validation_share', 'read_texts', 'Compiled', 'make_parts', 'keep_tokenizer', 'Job',
-           'carry_out', 'with_vocabulary', 'memory_bound', 'check_saving', 'within', 'computing_on', 'as_before',
-           'compiling', 'pretrain', 'quickstart']
+           'carry_out', 'with_vocabulary', 'memory_bound', 'check_saving', 'within', 'check_parallel', 'computing_on',
+           'as_before', 'compiling', 'pretrain', 'quickstart']
 
 # %% ../nbs/12_train.ipynb #9f465ed2
 import contextlib, os, platform, shutil
@@ -18,7 +18,7 @@ from . import __version__
 from .archive import DamagedFile, StorageError
 from .batches import Batches, sent
 from .checkpoint import Checkpoints, checkpoint_payload, run_id
-from .core import UserError, yes_or_no, as_path, check_compiler, compiler_says, human_bytes, in_range, pick_device, pick_precision, read_json, seed_everything, write_bytes, write_json
+from .core import UserError, yes_or_no, as_path, check_compiler, compiler_says, human_bytes, in_range, one_of, pick_device, pick_precision, read_json, seed_everything, write_bytes, write_json
 from .data import prepare
 from .distributed import Processes, in_turn, join_processes, lead
 from .evaluate import score_tokens
@@ -235,8 +235,8 @@ def make_parts(
     def evaluate(poll):
         return score_tokens(model, val, tokenizer, eval_tokens, batch_size=batch_size, precision=loop.precision, poll=poll, processes=processes)
     own = dict(run=run_id(facts)) if facts else {}
-    def payload(epoch, step, score):
-        return checkpoint_payload(model, epoch=epoch, step=step, val_loss=score and score.loss, tokenizer_hash=tokenizer.hash, more=own)
+    def payload(epoch, step, score, weights=None):
+        return checkpoint_payload(model, epoch=epoch, step=step, val_loss=score and score.loss, tokenizer_hash=tokenizer.hash, weights=weights, more=own)
     return Parts(batches, loss_fn, evaluate, payload, replan=(net or batches).replan, facts=facts)
 
 # %% ../nbs/12_train.ipynb #6d4fe8a2
@@ -299,7 +299,7 @@ class Job:
     def make_model(self)->ContinualLLM:
         "The model before its first step"
         seed_everything(self.loop.seed, 'weights')
-        return ContinualLLM(self.shape).to(self.loop.device)
+        return ContinualLLM(self.shape)
 
     def make_parts(self, model, facts:dict, processes:Processes)->Parts:
         "What the loop is handed"
@@ -355,6 +355,7 @@ def carry_out(
     say = print if not quiet and processes.first else lambda *a: None
     with contextlib.ExitStack() as stack:
         store = lead(processes, lambda: _open(job, stack))
+        if processes.sharded: store = _shared(store, processes, job.loop.device)
         record = lead(processes, lambda: job.go_on() if resume else job.begin(overwrite))
         store.best = job.best
         state, path, refused = store.latest(facts=record['settings']) if resume else (None, None, [])
@@ -390,6 +391,11 @@ def _open(job, stack):
     stack.enter_context((store := Checkpoints(job.folder)).lock())
     return store
 
+def _shared(store, processes, device):
+    "The same folder, for processes that each hold a share of the model"
+    from continual_llm.sharded import SharedCheckpoints
+    return SharedCheckpoints(store.folder, processes, device)
+
 def _history(job, state, quiet, views, processes):
     "The history, and whoever follows it in the process that writes"
     if not processes.first: return History()
@@ -409,19 +415,33 @@ class FirstStep:
 
 _COURSES = dict(cosine='cosine decay', wsd='constant, then decay in the last fifth')
 
+def _placed(model, processes, device):
+    "The model where it will be trained, or this process's share of it"
+    if not processes.sharded: return model.to(device)
+    from continual_llm.sharded import shard
+    return shard(model, processes, device)
+
+def _in_company(parts, model, processes):
+    "What the loop is handed, and a context for it, where processes depend on each other in every layer"
+    if not processes.sharded: return parts, contextlib.nullcontext()
+    from continual_llm.sharded import in_company, in_step
+    return in_step(parts, model, processes), in_company()
+
 def _train(job, store, record, state, quiet, say, views, processes):
     "The run itself, inside its lock and settings"
     loop = job.loop
     model = job.make_model()
     model.recompute = job.recompute
+    model = _placed(model, processes, loop.device)
     _describe(job.shape, model.n_params(), say)
     say(f"\nTotal training steps: {loop.total}\nLearning rate schedule: warmup {loop.warmup_steps} steps, then {_COURSES[loop.schedule]}\n\nStarting training...")
     history = _history(job, state, quiet, views, processes)
     if job.compiled and loop.total < FEW: say(f"compile: what it takes before the first step, from half a minute to three on a CPU, a run of {loop.total} steps will hardly win back")
     parts = job.make_parts(model, record['settings'], processes)
     opt = make_optimizer(model, job.optim)
+    parts, company = _in_company(parts, model, processes)
     try:
-        with compiling(): at = fit(model, opt, parts, loop, history, store, state, processes)
+        with compiling(), company: at = fit(model, opt, parts, loop, history, store, state, processes)
         return _finish(job, store, record, model, history, at, say, processes)
     finally: history.close()
 
@@ -434,10 +454,16 @@ def _best(store, at):
                           f"look for the right one among the epochs")
     return best
 
+def _gathered(model, processes):
+    "The whole model in the first process"
+    from continual_llm.sharded import whole_model
+    return whole_model(model, processes)
+
 def _finish(job, store, record, model, history, at, say, processes):
     "Best weights, the curve, and the last words"
     processes.wait()  # until the first one has written all
-    if at.best_epoch: job.take_best(model, _best(store, at))
+    if processes.sharded: model = _gathered(model, processes)
+    if at.best_epoch and (processes.first or not processes.sharded): job.take_best(model, _best(store, at))
     run = Run(job.folder, model.eval(), job.tokenizer, history, at.best_epoch, at.best_loss, at.stopped)
     if not processes.first: return run
     result = dict(step=at.step, best_step=at.best_step, best_epoch=at.best_epoch, best_loss=at.best_loss if at.best_epoch else None, seconds=round(at.seconds, 1))
@@ -506,6 +532,21 @@ def within(
     if found != (batch_size, grad_accumulation): say(f"At most {limit:g} GB: {found[0]} blocks at once instead of {batch_size}, {found[1]} batches to a step")
     return found
 
+# %% ../nbs/12_train.ipynb #4d98bf59
+def check_parallel(
+    parallel:str,  # as asked for
+    device,        # that will compute
+    **unable,      # what does not go with shards, as asked for: name=value
+)->bool:           # shall each process hold a share of the model alone?
+    "Refuse a way to share the work that cannot be taken"
+    if one_of('parallel', parallel, ('ddp', 'fsdp')) == 'ddp': return False
+    if int(os.environ.get('WORLD_SIZE', 1)) < 2:
+        raise UserError("parallel=fsdp shares the model between processes, and there is one; start several with `torchrun --nproc_per_node 2 --no-python continual-llm pretrain ...`, or leave it out")
+    if torch.device(device).type not in ('cpu', 'cuda'): raise UserError(f"parallel=fsdp computes on GPUs (cuda) or on the CPU, and not on {device}; give another device, or leave it out")
+    for name, value in unable.items():
+        if value: raise UserError(f"parallel=fsdp and {name}={value} do not go together; leave one of them out")
+    return True
+
 # %% ../nbs/12_train.ipynb #3863ac6e
 def computing_on(
     device, processes:Processes,
@@ -564,6 +605,7 @@ def pretrain(
     compile:bool=False,               # compile the training step with torch.compile, which takes a minute to begin
     recompute:bool=False,             # keep the input of each layer alone and compute the layer again for its gradients: less memory, a third more work
     max_memory:float=0.,              # GB that the process may take (CPU): fewer blocks go through the model at once, and more batches are added up; 0 sets no bound; to be given again with `resume`
+    parallel:str='ddp',               # with several processes (`torchrun`): `ddp`, each holds the whole model, or `fsdp`, each holds a share of it
     deterministic:bool=False,         # the same bits also when compiled, on a GPU, or from two processes; at some cost
     spike:float=8.,                   # leave out a step whose loss or gradient lies this many spreads above the usual; 0 only what is not finite
     eval_every:int=0,                 # steps between evaluations; 0 evaluates at the end of each epoch alone
@@ -590,9 +632,11 @@ def pretrain(
     optim, shape = OptimConfig(optimizer, weight_decay), model_config(config, max_seq_len=max_seq_len, dropout=dropout)
     domain, memory, max_memory = domain_name(domain), memory_share(memory), memory_bound(max_memory, where)
     check_saving(where, shape, recompute, compile, max_memory)
+    sharded = check_parallel(parallel, where, compile=compile, deterministic=deterministic, max_memory=max_memory)
     if compile: check_compiler(where)
     share = validation_share(val_data, val_split)
     with join_processes(where) as processes:
+        processes = replace(processes, sharded=sharded)
         folder = lead(processes, lambda: check_folder(save_dir, resume, overwrite))
         source, val_source = Source.of(data, field), Source.of(val_data, field) if val_data is not None else None
         resume = lead(processes, lambda: resume and (folder/'run.json').exists())

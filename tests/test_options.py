@@ -98,6 +98,22 @@ def test_recompute(train, monkeypatch):
     assert again.generate('the cat', max_tokens=4)
 
 
+@shows(pretrain, 'parallel')
+def test_parallel(home, tmp_path):
+    "Two processes that each hold a share: the losses of one, and a file of each in every resume state; by one alone it is refused"
+    start = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    words = [f'--{k}={v}' for k, v in dict(BASE, grad_accumulation=2, data=home/'text.txt', config=home/'shape.yaml', tokenizer=home/'tok', cache=home/'cache').items() if k != 'quiet']
+    found = []
+    for name, how in (('ddp', []), ('fsdp', start)):
+        (tmp_path/'command.py').write_text('from continual_llm.cli import main\nmain()\n')
+        done = subprocess.run([sys.executable, *how, str(tmp_path/'command.py'), 'pretrain', f'--save_dir={tmp_path/name}', f'--parallel={name}', *words], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        found.append([json.loads(line)['loss'] for line in (tmp_path/name/'metrics.jsonl').read_text().splitlines() if json.loads(line)['kind'] in ('step', 'eval')])
+    assert found[1] == pytest.approx(found[0], rel=1e-6) and len(found[0]) == 4
+    assert len(list((tmp_path/'fsdp'/'last').glob('000003-*/*.pt'))) == 2
+    with pytest.raises(UserError, match='start several with `torchrun'): pretrain(home/'text.txt', parallel='fsdp')
+
+
 @shows(pretrain, 'max_memory')
 def test_max_memory(train, home, monkeypatch, capsys):
     "Fewer blocks at once, as many as what is foretold allows; a resumed run keeps its own; what cannot fit is refused before anything is written"
