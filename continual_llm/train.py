@@ -554,7 +554,7 @@ def computing_on(
 )->str:
     "What computes a run, for its report"
     threads = read_record(folder)['threads'] if folder is not None else torch.get_num_threads()
-    shared = f', {processes.world} processes' if processes.world > 1 else ''
+    shared = f', {processes.world} processes' + ', each with a share of the model'*processes.sharded if processes.world > 1 else ''
     return f'{device}{shared}' + (f', {threads} thread{"s"*(threads > 1)}' if torch.device(device).type == 'cpu' else '')
 
 def as_before(
