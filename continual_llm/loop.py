@@ -18,7 +18,7 @@ from torch import nn
 from .core import UserError, autocast, fields_in_range, one_of, seed_everything, shown
 from .distributed import Processes
 from .guard import ROLLBACKS, SKIPS, Guard, advice
-from .optim import own, whole
+from .optim import all_of, own_part
 from .schedule import constant_then_decay, rewarm, set_lr
 
 # %% ../nbs/09_loop.ipynb #96c5c360
@@ -199,7 +199,7 @@ def take_step(
     opt.zero_grad(set_to_none=True)
     nats, tokens = gradients(model, parts, config, step, poll, processes)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-    nats, norm = read(nats, whole(norm), processes)
+    nats, norm = read(nats, all_of(norm), processes)
     wrong = guard.verdict(nats/tokens, norm, config.spike)
     set_lr(opt, config.lr(step))
     if not wrong: opt.step()
@@ -335,7 +335,7 @@ def all_finite(
     x, # tensors and plain values, nested
 )->bool:
     "Is every number of every tensor finite?"
-    if isinstance(x, torch.Tensor): return bool(own(x).isfinite().all())
+    if isinstance(x, torch.Tensor): return bool(own_part(x).isfinite().all())
     return all(map(all_finite, x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()))
 
 def with_events(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['make_mesh', 'shard', 'held_bytes', 'Company', 'Even', 'in_step', 'gathered', 'whole_model', 'in_company', 'Writer',
-           'Reader', 'taken_apart', 'shares', 'SharedCheckpoints']
+           'Reader', 'taken_apart', 'shares', 'read_share', 'SharedCheckpoints']
 
-# %% ../nbs/08d_sharded.ipynb #fef85450
+# %% ../nbs/08d_sharded.ipynb #bd274c32
 import contextlib, json, secrets, shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from .archive import DamagedFile, StorageError, load_object, save_object
 from .checkpoint import Checkpoints, plain_name, put_at
 from .core import UserError, file_hash
 from .distributed import Processes, in_touch, lead
-from .optim import whole
+from .optim import all_of
 
 # %% ../nbs/08d_sharded.ipynb #b65229b1
 def make_mesh(processes:Processes, device='cpu'):
@@ -76,7 +76,7 @@ class Even:
         tokens = torch.zeros((1, b.blocks.seq_len), dtype=torch.int64)
         return micros + [Company((tokens, tokens))]*(most - len(micros))
 
-# %% ../nbs/08d_sharded.ipynb #5fe0b709
+# %% ../nbs/08d_sharded.ipynb #ce5f07ae
 def in_step(
     parts,               # the `Parts` of a pretraining run
     model,               # after `shard`
@@ -100,7 +100,7 @@ def gathered(
     "Whole weights, one after the other"
     kept = {}
     for name, p in model.state_dict().items():
-        t = whole(p.detach())
+        t = all_of(p.detach())
         if processes.first: kept[plain_name(name)] = t.to('cpu', torch.float32)
     return kept
 
@@ -215,7 +215,7 @@ def shares(
     if isinstance(tree, (list, tuple)): return [shares(v, mesh) for v in tree]
     return {k: shares(v, mesh) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
-# %% ../nbs/08d_sharded.ipynb #b7324678
+# %% ../nbs/08d_sharded.ipynb #19c68dc9
 @contextlib.contextmanager
 def _together(processes, what):
     "What failed in one process fails in all, in its words"
@@ -223,9 +223,29 @@ def _together(processes, what):
         with in_touch(): yield
     except CheckpointException as e:
         rank, (cause, _) = next(iter(e.failures.items()))
-        said = f"{what} failed in process {rank}: {cause}" if not isinstance(cause, (UserError, OSError)) else str(cause)
+        said = str(cause) if isinstance(cause, (UserError, OSError)) else f"{what} failed in process {rank}: {cause}"
         raise (StorageError(said) if processes.first else UserError(said)) from None
 
+def read_share(
+    state:dict,          # from `load_object`
+    folder,              # that it lies in
+    processes:Processes, # all of which read
+    mesh,
+)->dict:
+    "This process's share of a state, whoever wrote it"
+    if 'shards' not in state: return shares(state, mesh)
+    table = state.pop('shards')
+    parts = {key: zeros(t['size'], dtype=getattr(torch, t['dtype']), device_mesh=mesh, placements=[Shard(0)]) for key, t in table['tensors'].items()}
+    with _together(processes, 'reading'): dcp.load(parts, storage_reader=Reader(Path(folder)/table['folder'], table))
+    for key, t in parts.items(): put_at(state, key, t)
+    return state
+
+def _speaks_of(path, name):
+    "Was a state committed with the shards of this name?"
+    try: return load_object(path)['shards']['folder'] == name
+    except (KeyError, UserError): return False
+
+# %% ../nbs/08d_sharded.ipynb #e00d008d
 class SharedCheckpoints(Checkpoints):
     "The files of a run whose processes each hold a share of the weights; all of them call everything here"
     def __init__(self,
@@ -245,31 +265,14 @@ class SharedCheckpoints(Checkpoints):
             with _together(self.processes, 'saving'): dcp.save(parts, storage_writer=writer)
             return lead(self.processes, lambda: save(dict(rest, shards=dict(writer.table, folder=name)), step, spare))
         except BaseException:
-            if self.processes.first and not self.speaks_of(step, name): shutil.rmtree(writer.folder, ignore_errors=True)
+            if self.processes.first and not _speaks_of(self._generation(step), name): shutil.rmtree(writer.folder, ignore_errors=True)
             raise
 
-    def speaks_of(self, step, name):
-        "Was the state of a step committed with these shards?"
-        try: return load_object(self._generation(step))['shards']['folder'] == name
-        except (KeyError, UserError): return False
-
-    def latest(self, steps=None, facts=None, whole=False):
+    def latest(self, steps=None, facts=None):
         "The newest state that verifies, as the first process finds it; each reads its own share"
         find = super().latest
-        def look():
-            state, path, skipped = find(steps, facts, whole=False)
-            return path, skipped
-        path, skipped = lead(self.processes, look)
-        return (self.share(load_object(path)) if path else None), path, skipped
-
-    def share(self, state):
-        "This process's share of a state, whoever wrote it"
-        if 'shards' not in state: return shares(state, self.mesh)
-        table = state.pop('shards')
-        parts = {key: zeros(t['size'], dtype=getattr(torch, t['dtype']), device_mesh=self.mesh, placements=[Shard(0)]) for key, t in table['tensors'].items()}
-        with _together(self.processes, 'reading'): dcp.load(parts, storage_reader=Reader(self.folder/'last'/table['folder'], table))
-        for key, t in parts.items(): put_at(state, key, t)
-        return state
+        path, skipped = lead(self.processes, lambda: find(steps, facts, whole=False)[1:])
+        return path and read_share(load_object(path), path.parent, self.processes, self.mesh), path, skipped
 
     def publish(self, name, obj):
         "A checkpoint, whole, by the first process"

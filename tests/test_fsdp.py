@@ -12,7 +12,7 @@ from continual_llm.checkpoint import Checkpoints, load_checkpoint
 from continual_llm.core import UserError
 from continual_llm.distributed import join_processes
 from continual_llm.model import ContinualLLM, model_config
-from continual_llm.optim import make_optimizer, whole
+from continual_llm.optim import all_of, make_optimizer
 from continual_llm.sharded import SharedCheckpoints, held_bytes, make_mesh, shard
 from continual_llm.train import pretrain
 from tests.faults.runs import run_difference
@@ -195,7 +195,7 @@ def full_disk(home, me):
         except (OSError, UserError) as e: said = f'{type(e).__name__}: {e}'
     me.wait()
     again = store.latest()[0]
-    return said, sorted(p.name for p in (home/'full'/'last').iterdir())[0], len(list((home/'full'/'last').iterdir())), again['note'], whole(again['model_state_dict']['w']).shape
+    return said, sorted(p.name for p in (home/'full'/'last').iterdir())[0], len(list((home/'full'/'last').iterdir())), again['note'], all_of(again['model_state_dict']['w']).shape
 
 
 def both(home):
