@@ -119,6 +119,22 @@ def checked_losses(a):
         if not more: yield from row('compiled', a.precision, net=torch.compile(here, dynamic=False))
 
 
+def checked_shards(a):
+    "`--parallel fsdp` with a group of one process: every weight a share of itself"
+    import torch.distributed as dist
+    from continual_llm.distributed import Processes
+    from continual_llm.sharded import all_of, shard
+    dist.init_process_group('nccl' if a.on.type == 'cuda' else 'gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        model, ids = ContinualLLM(ModelConfig(**SMALL)), torch.randint(SMALL['vocab_size'], (4, 129))
+        want, here = losses(copy.deepcopy(model).double(), ids, 'fp32', 'cpu'), shard(copy.deepcopy(model).to(a.on), Processes(sharded=True), a.on)
+        for precision in dict.fromkeys(('fp32', a.precision)):
+            loss, grads = losses(here, ids.to(a.on), precision, a.on)
+            for which, g, w in (('loss', loss, want[0]), ('gradients', [all_of(g) for g in grads], want[1])): yield held(f'{which}, in shares, {precision}', apart(g, w), 1e-4 if precision == 'fp32' else 5e-2)
+    finally: dist.destroy_process_group()
+
+
 def checked_attention(a):
     "The fast kernel alone, which is not left for another, and rotary positions"
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -326,7 +342,7 @@ def writing(a):
 
 # ---- all of it ----
 
-PARTS = dict(machine=(about, .02), losses=(checked_losses, .15), attention=(checked_attention, .03), batches=(checked_batches, .05), runs=(checked_runs, .15), limits=(limits, .05), training=(training, .35), profile=(profile, .12), writing=(writing, .12),
+PARTS = dict(machine=(about, .02), losses=(checked_losses, .15), attention=(checked_attention, .03), shards=(checked_shards, .05), batches=(checked_batches, .05), runs=(checked_runs, .15), limits=(limits, .05), training=(training, .35), profile=(profile, .12), writing=(writing, .12),
              graphs=(graphs, .1), others=(others, .15))  # what is done, and the share of the time that it may take
 
 
