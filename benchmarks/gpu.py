@@ -17,6 +17,7 @@ from continual_llm.footprint import count_params, flops_per_token
 from continual_llm.generate import generate
 from continual_llm.loop import LoopConfig, Parts, take_step
 from continual_llm.model import ContinualLLM, ModelConfig, model_config
+from continual_llm.narrow import for_writing
 from continual_llm.optim import OptimConfig, make_optimizer
 from continual_llm.tokenizer import train_tokenizer
 from continual_llm.train import machine, make_parts, pretrain
@@ -189,6 +190,14 @@ def checked_runs(a):
         with torch.no_grad(): [p.mul_(10) for p in wild.parameters() if p.ndim > 1]  # so that it does not repeat itself
         here, there = [generate(m, tok, ['The ', 'A value of'], max_tokens=24, temperature=0) for m in (wild, copy.deepcopy(wild).to(a.on))]
         yield held('greedy texts in fp32 that differ from the CPU\'s', sum(x != y for x, y in zip(here, there)), 0) | dict(text=there[0][:60])
+        moved_there, prompts = copy.deepcopy(wild).to(a.on), ['The ', 'A value of', '']
+        for how in (dict(temperature=0), dict(seed=3, top_p=.9, repetition_penalty=1.2)):
+            plain, graph = [generate(moved_there, tok, prompts, max_tokens=24, compile=c, **how) for c in (False, True)]
+            yield held(f"texts that differ when compiled, {'greedy' if 'temperature' in how else 'sampled'}", sum(x != y for x, y in zip(plain, graph)), 0)
+        for precision, bound in (('bf16', .05), ('int8', .1)):
+            ids = torch.randint(500, (4, 64))
+            with torch.no_grad(): want, got = [m(ids.to(next(m.parameters()).device)).cpu() for m in (wild, for_writing(moved_there, precision))]
+            yield held(f'scores of weights in {precision}', apart([got], [want]), bound)
 
 
 # ---- training ----
@@ -330,14 +339,18 @@ def others(a):
 
 
 def writing(a):
-    "Texts written from a short prompt, one and many at once, weights in fp32"
+    "Texts written from a short prompt, one and many at once: in fp32 as it is, in narrow weights, compiled (a recorded graph), chosen greedily and by chance"
     tok, new = train_tokenizer('builtin:english', vocab_size=500), a.size['written']
     model = ContinualLLM(model_config(a.config, vocab_size=len(tok), max_seq_len=max(256, a.size['seq_len']), dropout=0.)).to(a.on).eval()
     with torch.no_grad(): model.out_weight[tok.eos_id].zero_()  # so that no text ends early
-    for rows in (1, a.size['rows']):
-        for how, sampling in dict(greedy=dict(temperature=0), sampled=dict(temperature=.8, top_k=50)).items():
-            seconds, first = clocked(a.on, lambda: generate(model, tok, ['The value of']*rows, max_tokens=new, **sampling), 2)
-            yield dict(what=f'writing, {how}', rows=rows, tokens_per_second=rows*new/seconds, first_s=first)
+    greedy, sampled = dict(temperature=0), dict(temperature=.8, top_k=50)
+    ways = [('bf16', True, greedy), ('bf16', True, sampled), ('int8', True, greedy), ('fp32', True, greedy), ('bf16', False, greedy), ('fp32', False, greedy), ('fp32', False, sampled)]
+    for precision, compiled, sampling in ways:
+        narrow = for_writing(model, precision)
+        for rows in (1, a.size['rows']):
+            seconds, first = clocked(a.on, lambda: generate(narrow, tok, ['The value of']*rows, max_tokens=new, compile=compiled, **sampling), 2)
+            yield dict(what=f"writing in {precision}{', compiled' if compiled else ''}, {'sampled' if sampling is sampled else 'greedy'}", rows=rows, tokens_per_second=rows*new/seconds, first_s=first)
+        cleared(a)
 
 
 # ---- all of it ----
