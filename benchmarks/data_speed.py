@@ -6,11 +6,11 @@ FOLDER holds `wikitext-2/train.txt` (by default `$CONTINUAL_LLM_DATA`); without 
 - `share`: the part of an optimizer step that reading its batch takes, for each of `--shapes`.
 - `growth`: a step of `tiny` with its batch read, and reading alone, on token files of 1, 10, 100 and 1000 MB of text (the same text over and over, written to a temporary folder: 0.6 GB); also the time that an
   epoch's order takes, and the most memory that reading allocates beside the mapped file."""
-import itertools, os, tempfile, time, tracemalloc
+import argparse, itertools, os, tempfile, time, tracemalloc
 from functools import partial
 from pathlib import Path
 import torch
-from speed import contend, keep, parser, ratios, read, shape_of, speeds, spread, stamp, stands, version
+from speed import clock_of, contend, keep, parser, ratios, read, shape_of, speeds, spread, stamp, stands, version
 from continual_llm import source
 from continual_llm.batches import Batches
 from continual_llm.bench import precisions
@@ -109,7 +109,7 @@ def measure_prepare(a, path, tok, folder):
 def measure_share(a, file):
     for name in a.shapes.split(','):
         shape, blocks = shape_of(name)
-        yield from contend('data', f'share {name}', {'step': partial(stepping, file.ids, shape, blocks, *trained(shape)), 'reading': partial(reading, file.ids, shape, blocks)}, a.rounds, {})
+        yield from contend('data', f'share {name}', {'step': partial(stepping, file.ids, shape, blocks, *trained(shape)), 'reading': partial(reading, file.ids, shape, blocks)}, a.rounds, {}, clock_of(a))
 
 
 def measure_growth(a, file, bytes_per_token, folder):
@@ -119,7 +119,7 @@ def measure_growth(a, file, bytes_per_token, folder):
         ids = repeated(file, int(size*1e6/bytes_per_token), Path(folder)/f'{size}.tokens').ids
         once[size] = epoch_cost(ids, shape, blocks)
         makers |= {f'step, {size} MB': partial(stepping, ids, shape, blocks, model, opt), f'reading, {size} MB': partial(reading, ids, shape, blocks)}
-    for row in contend('data', 'growth', makers, a.rounds, {}):
+    for row in contend('data', 'growth', makers, a.rounds, {}, clock_of(a)):
         size = next(s for s in a.sizes if row['contender'].endswith(f', {s} MB'))
         yield dict(row, order=once[size][0], allocated=once[size][1])
 
@@ -164,7 +164,8 @@ def main():
     a = p.parse_args()
     if a.threads: torch.set_num_threads(a.threads)
     kinds = {'prepare': [('prepare', ['prepare', 'sentencepiece'])], 'share': [(f'share {n}', ['step', 'reading']) for n in a.shapes.split(',')], 'growth': [('growth', [f'{k}, {s} MB' for s in a.sizes for k in ('step', 'reading')])]}
-    todo, found = [part for part in a.parts.split(',') if not all(stands(a, 'data', shape, names) for shape, names in kinds[part])], []
+    wall = argparse.Namespace(**{**vars(a), 'cpu': False})  # `prepare` works on several cores at once, which processor time would not show
+    todo, found = [part for part in a.parts.split(',') if not all(stands(wall if part == 'prepare' else a, 'data', shape, names) for shape, names in kinds[part])], []
     with tempfile.TemporaryDirectory() as folder:
         if todo:
             path, name = text_of(a.data, folder, a.megabytes)

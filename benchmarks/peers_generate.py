@@ -4,7 +4,7 @@ Each contender reads the same prompt of 128 tokens and writes 128 more, the like
 ratios are taken within a round. How many tokens are the same as ours until the first other one says the field `first` of a row: roundings differ, and weights that mean nothing leave many choices close. A token needs every weight once, so the limit is the speed at which memory is copied (reading alone may be faster, and a small model stays in the caches: then the
 share exceeds a hundred per cent). Text is not made of the tokens. Who is who:
 
-- `ours` with weights in fp32, and the same `compiled`; `ours bf16` and `ours int8` as `for_writing` makes them.
+- `ours` with weights in fp32; `ours bf16` and `ours int8` as `for_writing` makes them; each of them `compiled`, as `generate --compile`.
 - `hf bf16`: `generate` of transformers with weights in bf16; `hf bf16 static` with a cache of fixed size.
 - `litgpt bf16`: its `generate`, with weights in bf16.
 - `llama.cpp f16` and `llama.cpp q8_0` through llama-cpp-python, on a GGUF file that is written here. The second without weights laid out anew for AMX (`use_extra_bufts`), which ends version 0.3.36 by a
@@ -18,7 +18,7 @@ from pathlib import Path
 from unittest.mock import patch
 import torch
 from peers_train import hf_model, litgpt_model
-from speed import contend, keep, parser, read, shape_of, stamp, stands, table, version
+from speed import clock_of, contend, keep, parser, read, shape_of, stamp, stands, table, version
 from continual_llm.bench import limit_tasks
 from continual_llm.core import numpy_generator, seed_everything
 from continual_llm.footprint import count_params, matrix_numbers
@@ -154,7 +154,7 @@ def llama_cpp(shape, folder, kind):
     return task(shape, lambda: list(islice(llama.generate(prompt, temp=0., repeat_penalty=1.), WRITTEN)), kind, library)
 
 
-CONTENDERS = {'ours': ours, 'ours compiled': partial(ours, compiled=True), 'ours bf16': partial(ours, precision='bf16'), 'ours int8': partial(ours, precision='int8'),
+CONTENDERS = {**{f'ours{p}{c}': partial(ours, precision=p.strip() or 'fp32', compiled=bool(c)) for p in ('', ' bf16', ' int8') for c in ('', ' compiled')},
               'hf bf16': hf, 'hf bf16 static': partial(hf, cache='static'), 'litgpt bf16': litgpt, 'llama.cpp f16': partial(llama_cpp, kind='f16'), 'llama.cpp q8_0': partial(llama_cpp, kind='q8_0')}
 
 
@@ -174,7 +174,7 @@ def main():
         if not stands(a, 'generate', shape, names):
             with tempfile.TemporaryDirectory() as folder:
                 limits = {k: v for k, v in limit_tasks('cpu').items() if k == 'copying'}
-                rows = contend('generate', shape, {n: partial(CONTENDERS[n], model, Path(folder)) for n in names}, a.rounds, limits)
+                rows = contend('generate', shape, {n: partial(CONTENDERS[n], model, Path(folder)) for n in names}, a.rounds, limits, clock_of(a))
             keep(a.results, rows := [dict(r, first=agreement(rows, r)) if 'first' in r else r for r in rows])
         else: rows = read(a.results)
         print(f"a prompt of {PROMPT} tokens, {WRITTEN} written, greedily; {stamp()['machine']}\n\n{table(rows, 'generate', shape)}\n", flush=True)

@@ -9,14 +9,14 @@ their step in turn, round after round, with the products of matrices that bound 
 - `plain`: a decoder as plain as people write them for teaching, in the manner of nanoGPT (written for this, none of its code): learned positions, LayerNorm, GELU, one key head for each query head, fp32, AdamW
   not fused; its inner width is chosen to have about as many parameters.
 
-`--fused` gives the fused AdamW to all. `--memory` measures the peak of memory too, each contender with the last shape in a process of its own (`--alone`). How to install the peers says `speed.py --help`."""
+Memory that is freed goes back to the system, as in any Python program; that the console command keeps it, which makes `medium` about a tenth faster (`allocator.py`), is not counted. `--fused` gives the fused AdamW to all. `--memory` measures the peak of memory too, each contender with the last shape in a process of its own (`--alone`). How to install the peers says `speed.py --help`."""
 import json, subprocess, sys
 from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
 from prepare_memory import peak
-from speed import contend, keep, memory_table, parser, read, shape_of, stamp, stands, table, version
+from speed import clock_of, contend, keep, memory_table, parser, read, shape_of, stamp, stands, table, version
 from continual_llm.bench import limit_tasks, precisions, train_task
 from continual_llm.core import autocast, numpy_generator
 from continual_llm.footprint import count_params, flops_per_token, layer_numbers
@@ -182,7 +182,7 @@ def main():
         names = a.contenders.split(',') if a.contenders else [n for n in CONTENDERS if n not in LEFT_OUT.get(shape, ())]
         if not stands(a, 'train', shape, names):
             limits = {k: v for k, v in limit_tasks('cpu').items() if k != 'copying'}
-            rows = contend('train', shape, {n: partial(CONTENDERS[n], model, blocks, a.fused) for n in names}, a.rounds, limits)
+            rows = contend('train', shape, {n: partial(CONTENDERS[n], model, blocks, a.fused) for n in names}, a.rounds, limits, clock_of(a))
             if a.memory and shape == shapes[-1]: rows += memory(a, shape, [r['contender'] for r in rows if r.get('unit') == 'tokens'])
             keep(a.results, rows)
         else: rows = read(a.results)

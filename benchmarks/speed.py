@@ -42,6 +42,7 @@ def parser(doc, shapes='small,medium', contenders=None):
     if contenders: p.add_argument('--contenders', help=f'of {", ".join(contenders)}; with commas between them (default: all, but two of `train` for medium)')
     p.add_argument('--rounds', type=int, default=5, help='that are measured, after one that is not (default: 5)')
     p.add_argument('--threads', type=int, default=0, help="CPU threads; 0 leaves torch's own number")
+    p.add_argument('--cpu', action='store_true', help='count processor time instead of time: for one thread on a machine that others use too')
     p.add_argument('--results', type=Path, help='file of JSON lines that rows are kept in (default: none)')
     p.add_argument('--again', action='store_true', help='measure also what stands in the file')
     return p
@@ -69,16 +70,19 @@ def keep(path, rows):
         with atomic_file(path, 'w') as f: f.writelines(json.dumps(r) + '\n' for r in rows)
 
 
+def clock_of(a): return 'processor' if a.cpu else 'wall'
+
+
 def stands(a, of, shape, contenders):
     "Are these measured already, as now asked for?"
     there = {r['contender']: r for r in read(a.results) if (r['set'], r['shape']) == (of, shape)}
-    return not a.again and all('seconds' in (r := there.get(c, {})) and len(r['seconds']) >= a.rounds and r['threads'] == torch.get_num_threads() for c in contenders)
+    return not a.again and all('seconds' in (r := there.get(c, {})) and len(r['seconds']) >= a.rounds and (r['threads'], r['clock']) == (torch.get_num_threads(), clock_of(a)) for c in contenders)
 
 
 def stamp(): return dict(threads=torch.get_num_threads(), machine=machine_line('cpu'), date=time.strftime('%Y-%m-%d'), load=round(os.getloadavg()[0], 1))
 
 
-def contend(of, shape, makers, rounds, limits):
+def contend(of, shape, makers, rounds, limits, clock='wall'):
     "Rows of what each contender took, round after round, with the machine's limits among them; who cannot is named"
     rows, tasks, facts = [], dict(limits), {}
     for name, make in makers.items():
@@ -91,8 +95,8 @@ def contend(of, shape, makers, rounds, limits):
             rows.append(dict(set=of, shape=shape, contender=name, missing=str(e), **stamp()))
             facts.pop(name, None)
         print(f"{of} {shape}: {name} {'is missing' if name not in tasks else f'ready after {time.perf_counter()-begun:.0f} s'}", file=sys.stderr, flush=True)
-    for f in interleaved(tasks, rounds):
-        rows.append(dict(set=of, shape=shape, contender=f.what, amount=f.amount, unit=f.unit, seconds=[round(s, 6) for s in f.seconds], **facts.get(f.what, {}), **stamp()))
+    for f in interleaved(tasks, rounds, clock=time.process_time if clock == 'processor' else time.perf_counter):
+        rows.append(dict(set=of, shape=shape, contender=f.what, amount=f.amount, unit=f.unit, seconds=[round(s, 6) for s in f.seconds], **facts.get(f.what, {}), clock=clock, **stamp()))
     return rows
 
 
@@ -154,7 +158,7 @@ def main():
     a = p.parse_args()
     for of in [] if a.table else a.sets.split(','):
         more = ['--data', str(a.data)] if of == 'data' and a.data else ['--memory'] if of == 'train' else []
-        subprocess.run([sys.executable, HERE/SETS[of], '--rounds', str(a.rounds), '--threads', str(a.threads), '--results', str(a.results), *(['--again'] if a.again else []), *more], check=True)
+        subprocess.run([sys.executable, HERE/SETS[of], '--rounds', str(a.rounds), '--threads', str(a.threads), '--results', str(a.results), *['--again']*a.again, *['--cpu']*a.cpu, *more], check=True)
     print(*tables(read(a.results)), sep='\n\n')
 
 
