@@ -456,11 +456,12 @@ def go_back(
                                                      f"({back} of {ROLLBACKS} times)")
 
 def no_memory(
-    step:int, # where the run stands
-)->UserError:
+    step:int,       # where the run stands
+    kind=UserError, # of error; one of several processes, which alone knows of it, takes OSError, since of a mistake only the first speaks
+)->Exception:
     "What to say when memory gave out and nothing can be made smaller"
-    return UserError(f"out of memory in step {step}; what was saved is whole: go on with --resume where there is more memory, or begin anew with a "
-                     "smaller --batch_size and a larger --grad_accumulation (their product makes the step)")
+    return kind(f"out of memory in step {step}; what was saved is whole: go on with --resume where there is more memory, or begin anew with a "
+                "smaller --batch_size and a larger --grad_accumulation (their product makes the step)")
 
 def make_smaller(
     loop:Loop,
@@ -494,7 +495,7 @@ def carry_on(
             loop.at.stopped = str(e) or 'max_time'
         except (RuntimeError, MemoryError) as e:  # in the optimizer, or in an evaluation
             if not ran_out(e): raise
-            raise no_memory(loop.at.step) from None
+            raise no_memory(loop.at.step, OSError if loop.processes.sharded else UserError) from None
     return loop.at
 
 def fit(

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.distributed.tensor import Shard, zeros
 from continual_llm import train
-from continual_llm.archive import DamagedFile
+from continual_llm.archive import DamagedFile, load_object, save_object
 from continual_llm.checkpoint import Checkpoints, load_checkpoint
+from continual_llm.cli import parse
 from continual_llm.core import UserError
 from continual_llm.distributed import join_processes
 from continual_llm.model import ContinualLLM, model_config
@@ -50,14 +51,14 @@ def apart(a, b):
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
-    "A text, a tokenizer, the console command, a run of one process and the same of two with a share each"
+    "A text, a tokenizer, the console command, a run of one process, and all that two processes with a share each do without being stopped"
     from continual_llm.tokenizer import train_tokenizer
     home = tmp_path_factory.mktemp('fsdp')
     (home/'text.txt').write_text('\n'.join(TEXT.split('\n')[:316]))
     (home/'command.py').write_text(COMMAND)
     train_tokenizer(home/'text.txt', vocab_size=300, save=home/'tok')
     go(home, 'one', start=())
-    assert '2 processes, each with a share of the model' in go(home, 'two', '--parallel', 'fsdp')
+    in_two(home)
     return home
 
 
@@ -127,16 +128,9 @@ def test_stopped_damaged_and_resumed_by_two_and_by_one(home):
     newest = states(home/'cut')[-1]
     flip(shards(home/'cut', newest)[1])
     (orphan := home/'cut'/'last'/'000029-0123abcd').mkdir()  # of a save that was killed
-    assert f'Passed over {newest}' in go(home, 'cut', '--resume', '--parallel', 'fsdp')
+    said = go(home, 'cut', '--resume', '--parallel', 'fsdp')
+    assert f'Passed over {newest}' in said and '2 processes, each with a share of the model' in said
     assert not run_difference(home/'two', home/'cut') and not orphan.exists()
-
-
-def test_two_go_on_from_one(home):
-    "The state of a plain process, taken up by two with a share each"
-    run = shutil.copytree(home/'one', home/'from_one')
-    states(run)[-1].unlink()
-    assert 'after step 28' in go(home, 'from_one', '--resume', '--parallel', 'fsdp')
-    assert apart(home/'one', run) < 1e-6 and [len(list((run/'last').glob(n))) for n in ('*.pt', '*-*')] == [3, 1]  # the newest alone is of two
 
 
 def test_two_machines_and_a_worker_that_is_killed(home):
@@ -199,38 +193,95 @@ def full_disk(home, me):
     return said, sorted(p.name for p in (home/'full'/'last').iterdir())[0], len(list((home/'full'/'last').iterdir())), again['note'], all_of(again['model_state_dict']['w']).shape
 
 
+def from_the_command(home, name, **more):
+    "The run that the flags above describe"
+    return pretrain(**parse('pretrain', pretrain, command(home, name)[3:]), **more)
+
+
 def both(home):
-    "What each of two processes does and finds; started by the test below"
+    "What each of two processes does and finds"
     with join_processes() as me:
+        from_the_command(home, 'two', parallel='fsdp', quiet=True)
+        if me.first: states(shutil.copytree(home/'one', home/'from_one'))[-1].unlink()
+        me.wait()
+        from_the_command(home, 'from_one', parallel='fsdp', resume=True, quiet=True)
         with_muon(home, 'muon2', parallel='fsdp')
         in_trouble(home, 'trouble2', parallel='fsdp')
+        timed = with_muon(home, 'timed', parallel='fsdp', max_time=1e-9)
         model = shard(ContinualLLM(model_config('tiny', vocab_size=301)), me)
         model(torch.ones(1, 8, dtype=torch.int64), targets=torch.ones(1, 8, dtype=torch.int64)).backward()
         gradients = held_bytes([p.grad for p in model.parameters()])
         (opt := make_optimizer(model)).step()
-        found = dict(weights=held_bytes(model.state_dict()), gradients=gradients, moments=held_bytes(opt.state_dict()), full=full_disk(home, me))
+        found = dict(weights=held_bytes(model.state_dict()), gradients=gradients, moments=held_bytes(opt.state_dict()), full=full_disk(home, me), timed=timed.stopped)
         (home/f'found{me.rank}.json').write_text(json.dumps(found))
 
 
-def test_in_both(home):
-    "Muon, an untied head, --recompute, clipping; going back after a divergence; a full disk in one of two; and what each holds"
+def in_two(home):
+    "The above, in two processes"
     (home/'both.py').write_text('import sys, pathlib\nfrom tests.test_fsdp import both\nboth(pathlib.Path(sys.argv[1]))\n')
-    done = subprocess.run([sys.executable, *TORCHRUN, str(home/'both.py'), str(home)], env=dict(env(), PYTHONPATH=os.pathsep.join(sys.path)), capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *TORCHRUN, str(home/'both.py'), str(home)], env=dict(env(), PYTHONPATH=os.pathsep.join(sys.path)), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_go_on_from_one(home):
+    "The state of a plain process, taken up by two with a share each"
+    run = home/'from_one'
+    assert apart(home/'one', run) < 1e-6 and [len(list((run/'last').glob(n))) for n in ('*.pt', '*-*')] == [3, 1]  # the newest alone is of two
+
+
+def test_muon_and_going_back(home):
+    "Muon, an untied head, --recompute, clipping; going back after a divergence; and max_time"
     with_muon(home, 'muon1')
     in_trouble(home, 'trouble1')
     for name, n in (('muon', 4), ('trouble', 10)):
         a, b = [steps(home/f'{name}{i}') for i in (1, 2)]
-        assert len(a) == len(b) and max(abs(x - y)/x for x, y in zip(a, b)) < 1e-6
+        assert len(a) == len(b) > 3 and max(abs(x - y)/x for x, y in zip(a, b)) < 1e-6
     notes = [[r['text'] for r in rows(home/f'trouble{i}', 'note')] for i in (1, 2)]
     assert len(notes[0]) == 4 and 'Back to the state after step' in notes[0][-1] and notes[0] == notes[1]
-    a, b = [json.loads((home/f'found{i}.json').read_text()) for i in (0, 1)]
-    model = ContinualLLM(model_config('tiny', vocab_size=301))
+    assert json.loads((home/'timed'/'run.json').read_text())['status'] == 'max_time' and [p.stem for p in states(home/'timed')] == ['000000']
+
+
+def found(home): return [json.loads((home/f'found{i}.json').read_text()) for i in (0, 1)]
+
+
+def test_half_of_the_memory(home):
+    "Weights, gradients and moments: together what one process holds, each half of it"
+    (a, b), model = found(home), ContinualLLM(model_config('tiny', vocab_size=301))
     n, counts = model.n_params(), 8*len(list(model.parameters()))  # AdamW counts the steps of each weight besides
     for name, size in (('weights', 4*n), ('gradients', 4*n), ('moments', 8*n)):
         assert a[name] + b[name] == size + (name == 'moments')*counts and abs(a[name] - b[name]) <= .01*size, name
-    for said in (a['full'][0], b['full'][0]): assert 'disk full' in said and '1.pt' in said
-    assert a['full'][0].startswith('StorageError') and a['full'][1:] == b['full'][1:] == ['000001-' + a['full'][1][7:], 2, 'kept', [4, 3]]
+    assert a['timed'] == b['timed'] == 'max_time'
+
+
+def test_a_full_disk_in_one_of_two(home):
+    "Both fail in the same words, nothing is left of the save, and the state before is there"
+    a, b = [f['full'] for f in found(home)]
+    for said in (a[0], b[0]): assert 'disk full' in said and '1.pt' in said
+    assert a[0].startswith('StorageError') and b[0].startswith('UserError')
+    assert a[1:] == b[1:] == ['000001-' + a[1][7:], 2, 'kept', [4, 3]]
+
+
+HOSTILE = dict(
+    a_place_outside=lambda s: s.update(folder='../000001-01234567'),
+    a_file_outside=lambda s: s.update(files={'../../0.pt': ''}),
+    no_table=lambda s: s.pop('tensors'),
+    endless=lambda s: s['tensors'].update({'["x"]': dict(size=[2**40], dtype='float32', chunks=[dict(offset=[0], size=[2**40], file='0.pt')])}),
+    too_few_parts=lambda s: next(iter(s['tensors'].values()))['chunks'].pop(),
+    beyond_the_end=lambda s: next(iter(s['tensors'].values()))['chunks'][1].update(offset=[10**6, 0]),
+    no_dtype=lambda s: next(iter(s['tensors'].values())).update(dtype='nn'),
+    no_such_part=lambda s: s['tensors'].update({'["y"]': dict(size=[1], dtype='float32', chunks=[dict(offset=[0], size=[1], file='0.pt')])}),
+    no_path=lambda s: s['tensors'].update({'{': s['tensors'].pop(next(iter(s['tensors'])))}))
+
+
+@pytest.mark.parametrize('what', HOSTILE)
+def test_a_table_that_leads_astray(home, tmp_path, what):
+    "A state with a right checksum whose table cannot be followed is passed over"
+    run = shutil.copytree(home/'two', tmp_path/'run')
+    state = load_object(new := states(run)[-1])
+    HOSTILE[what](state['shards'])
+    save_object(state, new)
+    found, path, skipped = Checkpoints(run).latest()
+    assert found['step'] == 28 and [p for p, _ in skipped] == [new]
 
 
 @pytest.mark.parametrize('flags,said', [(['--parallel', 'fsdp'], 'start several with `torchrun'), (['--parallel', 'zero'], "parallel='zero' is not one of ddp, fsdp")])

@@ -99,19 +99,19 @@ def test_recompute(train, monkeypatch):
 
 
 @shows(pretrain, 'parallel')
-def test_parallel(home, tmp_path):
-    "Two processes that each hold a share: the losses of one, and a file of each in every resume state; by one alone it is refused"
-    start = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    words = [f'--{k}={v}' for k, v in dict(BASE, grad_accumulation=2, data=home/'text.txt', config=home/'shape.yaml', tokenizer=home/'tok', cache=home/'cache').items() if k != 'quiet']
-    found = []
-    for name, how in (('ddp', []), ('fsdp', start)):
-        (tmp_path/'command.py').write_text('from continual_llm.cli import main\nmain()\n')
-        done = subprocess.run([sys.executable, *how, str(tmp_path/'command.py'), 'pretrain', f'--save_dir={tmp_path/name}', f'--parallel={name}', *words], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        found.append([json.loads(line)['loss'] for line in (tmp_path/name/'metrics.jsonl').read_text().splitlines() if json.loads(line)['kind'] in ('step', 'eval')])
-    assert found[1] == pytest.approx(found[0], rel=1e-6) and len(found[0]) == 4
-    assert len(list((tmp_path/'fsdp'/'last').glob('000003-*/*.pt'))) == 2
-    with pytest.raises(UserError, match='start several with `torchrun'): pretrain(home/'text.txt', parallel='fsdp')
+def test_parallel(train, home, tmp_path):
+    "Three processes that each hold a share: the losses of one, and a file of each in every resume state; by one alone it is refused"
+    shared = dict(BASE, grad_accumulation=3, data=home/'text.txt', config=home/'shape.yaml', tokenizer=home/'tok', cache=home/'cache', save_dir=tmp_path/'shared')
+    del shared['quiet']
+    alone = train(grad_accumulation=3, parallel='ddp')
+    (tmp_path/'command.py').write_text('from continual_llm.cli import main\nmain()\n')
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '3', str(tmp_path/'command.py'), 'pretrain', '--parallel=fsdp',
+                           *(f'--{k}={v}' for k, v in shared.items())], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = [r for line in (tmp_path/'shared'/'metrics.jsonl').read_text().splitlines() if (r := json.loads(line))['kind'] in ('step', 'eval')]
+    assert [r['loss'] for r in found] == pytest.approx([*steps(alone, 'loss'), *evals(alone, 'loss')], rel=1e-6) and len(found) == 4
+    assert len(list((tmp_path/'shared'/'last').glob('000003-*/*.pt'))) == 3
+    with pytest.raises(UserError, match='start several with `torchrun'): train(parallel='fsdp')
 
 
 @shows(pretrain, 'max_memory')
