@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from . import __version__
 from .archive import DamagedFile, StorageError
-from .batches import Batches, sent
+from .batches import Batches, sent, share_of_step
 from .checkpoint import Checkpoints, checkpoint_payload, run_id
 from .core import UserError, yes_or_no, as_path, check_compiler, compiler_says, human_bytes, in_range, one_of, pick_device, pick_precision, read_json, seed_everything, write_bytes, write_json
 from .data import prepare
@@ -637,6 +637,7 @@ def pretrain(
     share = validation_share(val_data, val_split)
     with join_processes(where) as processes:
         processes = replace(processes, sharded=sharded)
+        share_of_step(batch_size, grad_accumulation, processes.world)
         folder = lead(processes, lambda: check_folder(save_dir, resume, overwrite))
         source, val_source = Source.of(data, field), Source.of(val_data, field) if val_data is not None else None
         resume = lead(processes, lambda: resume and (folder/'run.json').exists())

@@ -11,7 +11,7 @@ from continual_llm.archive import DamagedFile, load_object, save_object
 from continual_llm.checkpoint import Checkpoints, load_checkpoint
 from continual_llm.cli import parse
 from continual_llm.core import UserError
-from continual_llm.distributed import join_processes
+from continual_llm.distributed import Processes, join_processes
 from continual_llm.model import ContinualLLM, model_config
 from continual_llm.optim import all_of, make_optimizer
 from continual_llm.sharded import SharedCheckpoints, held_bytes, make_mesh, shard
@@ -288,3 +288,9 @@ def test_a_table_that_leads_astray(home, tmp_path, what):
 def test_refused(home, flags, said):
     done = subprocess.run(command(home, 'no', *flags), env=env(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and said in done.stderr and not (home/'no').exists()
+
+
+def test_more_processes_than_blocks(home):
+    "Refused before anything is read, with the way out"
+    with patch('continual_llm.train.join_processes', lambda device: contextlib.nullcontext(Processes(0, 8))), pytest.raises(UserError, match='8 processes cannot share .* = 4 blocks evenly; make it a multiple of 8'):
+        pretrain('nowhere.txt', batch_size=1, grad_accumulation=4, save_dir=str(home/'no'), quiet=True)
