@@ -661,7 +661,9 @@ def pretrain(
         if note: say(note)
         if not resume: lead(processes, lambda: check_room(folder, count_params(shape), min(epochs, keep_epochs or epochs)))
         job = Job(folder, shape, replace(loop, warmup_steps=warmup), optim, tok, train, val, batches, eval_tokens, deterministic, compile, domain, memory, recompute)
-        return carry_out(job, resume, overwrite, quiet, processes=processes)
+        run = carry_out(job, resume, overwrite, quiet, processes=processes)
+        processes.wait()  # nobody leaves before the first has had its last word
+        return run
 
 # %% ../nbs/12_train.ipynb #7c14b571
 QUICK = dict(data='builtin:english', config='tiny', vocab_size=4000, max_seq_len=128, epochs=2, batch_size=8, grad_accumulation=1, learning_rate=1.2e-2,
