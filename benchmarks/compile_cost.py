@@ -3,12 +3,13 @@
 Takes the same training steps eagerly, eagerly and deterministically, compiled, and both; each in two runs from the same seeds; all in turn, so that a machine's mood meets all of them. Prints steps a second
 against the eager ones, the seconds of the first step (into an empty cache of compiled code), whether the two runs have the same weights at the end, and how far those are from the eager ones."""
 import argparse, os, statistics, tempfile, time
+from types import SimpleNamespace
 import torch
 from continual_llm.bench import machine_line
 from continual_llm.core import autocast, seed_everything
 from continual_llm.model import ContinualLLM, model_config
 from continual_llm.optim import OptimConfig, make_optimizer
-from continual_llm.train import machine
+from continual_llm.train import Compiled, machine
 
 MODES = {'eager': (False, False), 'eager, deterministic': (False, True), 'compiled': (True, False), 'compiled, deterministic': (True, True)}
 ROW = '| {:6} | {:9} | {:23} | {:>7} | {:>12} | {:>10} | {:>11} | {:>10} |'
@@ -29,10 +30,10 @@ def flags():
 
 class Twice:
     "One way to train, in two runs from the same seeds"
-    def __init__(self, shape, precision, compiled, deterministic):
+    def __init__(self, shape, blocks, precision, compiled, deterministic):
         self.precision, self.deterministic = precision, deterministic
         self.models, self.times = [self.fresh(shape) for _ in range(2)], []
-        self.nets = [torch.compile(m, dynamic=False) if compiled else m for m in self.models]
+        self.nets = [Compiled(m, SimpleNamespace(batch_size=blocks)) if compiled else (lambda x, y, m=m: m(x, targets=y, reduction='sum')) for m in self.models]
         self.opts = [make_optimizer(m, OptimConfig()) for m in self.models]
         for group in [g for opt in self.opts for g in opt.param_groups]: group['lr'] = 1e-3
 
@@ -43,12 +44,12 @@ class Twice:
     def step(self, n, ids):
         "Take step n in both runs; the seconds of each"
         with machine(self.deterministic):
-            for net, opt in zip(self.nets, self.opts):
+            for model, net, opt in zip(self.models, self.nets, self.opts):
                 seed_everything(0, 'step', n)
                 begun = time.perf_counter()
-                with autocast(self.precision): loss = net(ids[:, :-1], targets=ids[:, 1:])
+                with autocast(self.precision): loss = net(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())/ids[:, 1:].numel()
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(net.parameters(), 1.)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
                 opt.step()
                 opt.zero_grad()
                 self.times.append(time.perf_counter() - begun)
@@ -64,7 +65,7 @@ class Twice:
 def measure(a, config, precision):
     "Rows of the table"
     shape = model_config(config, max_seq_len=a.seq_len, vocab_size=a.vocab_size)
-    ways = {name: Twice(shape, precision, *mode) for name, mode in MODES.items()}
+    ways = {name: Twice(shape, a.batch_size, precision, *mode) for name, mode in MODES.items()}
     g = torch.Generator().manual_seed(0)
     for n in range(a.steps + 1):
         ids = torch.randint(a.vocab_size, (a.batch_size, a.seq_len+1), generator=g)  # (B,T+1)

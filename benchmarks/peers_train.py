@@ -3,7 +3,7 @@
 Each contender takes the same optimizer step on the same tokens: a model of the same shape (or, `plain`, of nearly as many parameters) without dropout, gradients clipped to 1, AdamW. All stand in one process and take
 their step in turn, round after round, with the products of matrices that bound them; ratios are taken within a round. Who is who:
 
-- `ours`: what `pretrain` does by default, `take_step` in the precision that `auto` chooses; `ours fp32`; `ours compiled`, by `torch.compile`.
+- `ours`: what `pretrain` does by default, `take_step` in the precision that `auto` chooses; `ours fp32`; `ours compiled`, as with `--compile`.
 - `hf`: `LlamaForCausalLM` of transformers in fp32, which its Trainer takes on a CPU unless told otherwise; `hf bf16` under autocast, as its `bf16=True`; the same `compiled`. AdamW fused, which is the Trainer's own.
 - `litgpt bf16`: `litgpt.GPT` under autocast (`bf16-mixed`); the same `compiled`, as its pretraining is; `litgpt bf16-true compiled`, with weights and moments in bf16. AdamW not fused, as its own on a CPU.
 - `plain`: a decoder as plain as people write them for teaching, in the manner of nanoGPT (written for this, none of its code): learned positions, LayerNorm, GELU, one key head for each query head, fp32, AdamW
@@ -12,6 +12,7 @@ their step in turn, round after round, with the products of matrices that bound 
 Memory that is freed goes back to the system, as in any Python program; that the console command keeps it, which makes `medium` about a tenth faster (`allocator.py`), is not counted. `--fused` gives the fused AdamW to all. `--memory` measures the peak of memory too, each contender with the last shape in a process of its own (`--alone`). How to install the peers says `speed.py --help`."""
 import json, subprocess, sys
 from functools import partial
+from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,6 +23,7 @@ from continual_llm.core import autocast, numpy_generator
 from continual_llm.footprint import count_params, flops_per_token, layer_numbers
 from continual_llm.model import ContinualLLM
 from continual_llm.optim import make_optimizer
+from continual_llm.train import Compiled
 
 RATE = 1e-4 # also in `train_task`
 
@@ -65,7 +67,8 @@ def compiled_ours(shape, blocks, precision):
     model, (x, y) = ContinualLLM(shape).train(), tokens(shape, blocks)
     opt = make_optimizer(model)
     for group in opt.param_groups: group['lr'] = RATE
-    step = stepping(torch.compile(model, dynamic=False), lambda net: net(x, targets=y), opt, precision)
+    compiled = Compiled(model, SimpleNamespace(batch_size=blocks))
+    step = stepping(model, lambda net: compiled(x, y)/y.numel(), opt, precision)
     return task(shape, blocks, step, model, precision, version('torch'))
 
 

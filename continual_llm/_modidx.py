@@ -1181,6 +1181,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'continual_llm.train.Compiled.__call__': ('train.html#compiled.__call__', 'continual_llm/train.py'),
                                      'continual_llm.train.Compiled.__init__': ('train.html#compiled.__init__', 'continual_llm/train.py'),
                                      'continual_llm.train.Compiled.replan': ('train.html#compiled.replan', 'continual_llm/train.py'),
+                                     'continual_llm.train.Compiled.sliced': ('train.html#compiled.sliced', 'continual_llm/train.py'),
                                      'continual_llm.train.FirstStep': ('train.html#firststep', 'continual_llm/train.py'),
                                      'continual_llm.train.FirstStep.__call__': ('train.html#firststep.__call__', 'continual_llm/train.py'),
                                      'continual_llm.train.FirstStep.__init__': ('train.html#firststep.__init__', 'continual_llm/train.py'),

@@ -205,8 +205,14 @@ class Compiled:
     )->torch.Tensor:                    # summed nats
         "As the model's own"
         if len(x) != self.usual: return self.model(x, targets=y, reduction='sum')
-        if not too_many(x.numel(), len(self.model.out_weight)): return self.whole(x, targets=y, reduction='sum')
-        return next_token_nats(self.hidden(x), self.model.out_weight, y, 'sum')  # in slices, which a compiler would write out one by one
+        if not self.sliced(x): return self.whole(x, targets=y, reduction='sum')
+        return next_token_nats(self.hidden(x), self.model.out_weight, y, 'sum')
+
+    def sliced(self,
+        x:torch.Tensor, # (B,T)
+    )->bool:
+        "Is the loss made in slices, outside the code that a compiler would write out one by one? It is the faster one on a CPU, and the smaller one where scores are many"
+        return x.device.type == 'cpu' or too_many(x.numel(), len(self.model.out_weight))
 
     def replan(self, detours, halvings):
         "For `Parts.replan`: another size may become the usual one"
@@ -507,7 +513,7 @@ def check_saving(
     recompute:bool, compile:bool, max_memory:float, # as asked for
 )->None:
     "Refuse ways to save memory that would not be what they promise"
-    if compile and max_memory: raise UserError(f"max_memory={max_memory:g} cannot be kept with compile, whose step holds all scores; leave one of them out")
+    if compile and max_memory: raise UserError(f"max_memory={max_memory:g} cannot be kept with compile, whose step is not known beforehand; leave one of them out")
     if recompute and torch.device(device).type == 'mps' and (shape.dropout or shape.attn_dropout):
         raise UserError("recompute on mps would draw other dropout masks the second time; give dropout 0, or leave recompute out")
 
