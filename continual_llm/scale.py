@@ -20,10 +20,12 @@ def bytes_on_each(
     shape:ModelConfig,
     n:int=1,           # accelerators
     sharded:bool=False,# FSDP, each holding its part, or each all of it?
+    recompute:bool=False, # is each layer computed again?
 )->float:
     "Weights, gradients, moments and what is multiplied"
-    N = count_params(shape)
-    return N*(STATE + COPY) if not sharded else N*STATE/n + (2*COPY + 4)*layer_numbers(shape) + (COPY + 4)*shape.vocab_size*shape.d_model*(2 - shape.tie_embeddings)
+    N, layer, tables = count_params(shape), layer_numbers(shape), shape.vocab_size*shape.d_model*(2 - shape.tie_embeddings)
+    if not sharded: return N*(STATE + COPY)
+    return N*STATE/n + (2*4 + 4)*layer + (4 + 4)*tables + COPY*(tables + layer*(1 if recompute else shape.n_layers))
 
 def bytes_per_token(
     shape:ModelConfig,
@@ -41,7 +43,7 @@ def bytes_sent(
     accumulation:int=1, # micro-batches of a step
 )->float:               # by each accelerator in a step
     "What leaves every accelerator in a step"
-    return (n-1)/n * count_params(shape) * ((2 + 2 + 4)*accumulation if sharded else 2*4)
+    return (n-1)/n * count_params(shape) * ((4 + 4 + 4)*accumulation if sharded else 2*4)
 
 # %% ../nbs/16_scale.ipynb #6b45220e
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def _arrangements(shape, n, T, machine):
     "Ways to fit at least one block, the simplest first: sharded?, recomputed?, bytes of state, bytes a block, blocks that fit"
     for sharded in (False, True)[:1 + (n > 1)]:
         for recompute in (False, True):
-            state, block = bytes_on_each(shape, n, sharded), T*bytes_per_token(shape, recompute, T)
+            state, block = bytes_on_each(shape, n, sharded, recompute), T*bytes_per_token(shape, recompute, T)
             fit = int((ROOM*machine.memory - state)//block)
             if fit >= 1: yield sharded, recompute, state, block, fit
 
