@@ -56,7 +56,7 @@ def causal_attention(
     dropout:float=0., # share of the weights to drop
 )->torch.Tensor:      # (B,H,T,D)
     "Every token looks at itself and at what came before"
-    narrow = q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.shape[2]*q.shape[3] <= SMALL
+    narrow = q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.shape[2]*q.shape[3] <= SMALL and q.stride(3) == k.stride(3) == v.stride(3) == 1
     if narrow and not dropout and torch.is_grad_enabled() and q.requires_grad: return _NarrowCausal.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
 
@@ -138,7 +138,7 @@ class KVCache:
         "Make ready for the next tokens, or refuse those that do not fit"
         if self.static and T == 1:
             place = self.lengths[:, None]
-            return place, (self.steps <= place)[:, None, None]  # (B,1), (B,1,1,max_len)
+            if torch.compiler.is_compiling() or self.longest < self.max_len: return place, (self.steps <= place)[:, None, None]  # (B,1), (B,1,1,max_len)
         if self.longest + T > self.max_len:
             raise UserError(f"{self.longest} tokens were read and {T} more do not fit a cache of max_len={self.max_len}; "
                             "make it longer or reset it")

@@ -79,14 +79,15 @@ def generate_command(
     forbid:str|None=None,          # never write a piece that holds this text, such as <unk>
     seed:int=0,                    # the same seed writes the same text
     device:str='auto',             # `auto`, `cuda`, `mps` or `cpu`
-    precision:str='fp32',          # of the weights: `fp32`, or `bf16` or `int8`, which are read sooner and hardly less exact
+    precision:str='fp32',          # of the weights: `fp32`, or `bf16` or `int8`, which are hardly less exact and on most CPUs sooner read (`bench` tells)
     compile:bool=False,            # compile the reading of a token: a minute to begin, for long texts
 )->None:
     "Write on from a prompt"
     from continual_llm.generate import load_model, stream
-    net, tok, _ = load_model(model, tokenizer, device)
+    net, tok = load_model(model, tokenizer, device)[:2]
     from continual_llm.narrow import for_writing
-    pieces = stream(for_writing(net, precision), tok, prompt, max_tokens=max_tokens, compile=compile, temperature=temperature, top_k=top_k, top_p=top_p,
+    net = for_writing(net, precision)  # and the wide one is let go
+    pieces = stream(net, tok, prompt, max_tokens=max_tokens, compile=compile, temperature=temperature, top_k=top_k, top_p=top_p,
                     repetition_penalty=repetition_penalty, stop=stop or (), forbid=forbid or (), seed=seed)
     print(prompt, end='', flush=True)
     for piece in pieces: print(piece, end='', flush=True)

@@ -212,7 +212,8 @@ def keep_freed_memory()->bool: # was it set? Only glibc can be asked, and not wh
     if told or platform.libc_ver()[0] != 'glibc': return False
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # as in malloc.h
     libc = ctypes.CDLL(None)
-    return all([libc.mallopt(trim_threshold, 2**31 - 1), libc.mallopt(top_pad, 2**28), libc.mallopt(mmap_threshold, 2**31 - 1)])
+    if not libc.mallopt(mmap_threshold, 2**31 - 1): return False  # an older one; the others alone would make it slower
+    return bool(libc.mallopt(trim_threshold, 2**31 - 1) and libc.mallopt(top_pad, 2**28))
 
 # %% ../nbs/00_core.ipynb #b017c4e9
 def sync_folder(

@@ -19,6 +19,10 @@ def _packs():
     "Has this CPU's oneDNN a product of bfloat16?"
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
+def _adds_bytes():
+    "Has this CPU instructions that add products of bytes in 32 bits? Others do so in 16, and overflow in silence"
+    return _packs() and torch.cpu._is_vnni_supported()
+
 _MADE, _NUMBERS = weakref.WeakValueDictionary(), itertools.count()
 
 @torch.library.custom_op('continual_llm::narrow_product', mutates_args=())
@@ -81,7 +85,7 @@ class Int8Linear(NarrowLinear):
         scale = torch.where(near.float() < scale, torch.nextafter(near, torch.full_like(near, torch.inf)), near)
         rows = (weight/scale.float()[:, None]).round().to(torch.int8)
         self.register_buffer('scale', scale)
-        if weight.device.type == 'cpu' and weight.numel() >= LARGE and _packs():
+        if weight.device.type == 'cpu' and weight.numel() >= LARGE and _adds_bytes():
             self.packed, self.wide, self.zero = torch.ops.onednn.qlinear_prepack(rows, None), scale.float(), torch.zeros(len(rows), dtype=torch.int64)
         else: self.register_buffer('rows', rows)
 
@@ -130,6 +134,14 @@ class NarrowLLM(ContinualLLM):
     def logits(self, hidden)->torch.Tensor: # (..., V)
         "A score for every piece to come next"
         return self.head(hidden)
+
+    def n_params(self, embeddings:bool=True)->int:
+        "Numbers that the model stands for"
+        with torch.device('meta'): return ContinualLLM(self.config).n_params(embeddings)
+
+    def _refuse(self, *args, **given):
+        raise UserError("a model of narrow weights is for writing alone, and is not copied or saved; make another one with `for_writing`")
+    __deepcopy__ = __reduce_ex__ = state_dict = _refuse  # packed matrices are nothing that can be taken out again
 
 PRECISIONS = ('fp32', 'bf16', 'int8') # in which a model can write
 

@@ -263,10 +263,16 @@ class SharedCheckpoints(Checkpoints):
         writer, save = Writer(self.folder/'last'/name, self.processes.rank), super().save_last
         try:
             with _together(self.processes, 'saving'): dcp.save(parts, storage_writer=writer)
-            return lead(self.processes, lambda: save(dict(rest, shards=dict(writer.table, folder=name)), step, spare))
+            return lead(self.processes, lambda: self._present(writer) and save(dict(rest, shards=dict(writer.table, folder=name)), step, spare))
         except BaseException:
             if self.processes.first and not _speaks_of(self._generation(step), name): shutil.rmtree(writer.folder, ignore_errors=True)
             raise
+
+    def _present(self, writer):
+        "Refuse a folder that the processes do not share, where the others' files are not"
+        there = [name for name in writer.table['files'] if (writer.folder/name).is_file()]
+        if len(there) == len(writer.table['files']): return True
+        raise UserError(f"{writer.folder} holds {len(there)} of the {len(writer.table['files'])} files that the processes wrote of this state, so they do not share it; give a save_dir on a file system that all of them see")
 
     def latest(self, steps=None, facts=None):
         "The newest state that verifies, as the first process finds it; each reads its own share"

@@ -120,23 +120,24 @@ def machine(
     tf32:bool=False,        # may a GPU multiply in TF32 what is left in fp32?
 ):
     "Settings of the process for the length of a run; afterwards they are as before"
-    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(), torch.get_float32_matmul_precision()
+    before, gpu = (torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()), torch.backends.cuda.matmul
+    wide = gpu.fp32_precision
     if deterministic: os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # what cuBLAS needs to repeat itself
     torch.use_deterministic_algorithms(deterministic or before[0])
     if threads: torch.set_num_threads(threads)
-    if tf32: torch.set_float32_matmul_precision('high')
+    if tf32: gpu.fp32_precision = 'tf32'
     try: yield
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.set_num_threads(before[1])
-        if tf32: torch.set_float32_matmul_precision(before[2])
+        if tf32: gpu.fp32_precision = wide
 
 # %% ../nbs/12_train.ipynb #f839ebb8
 @dataclass
 class Run:
     "A finished or stopped run"
     folder:Path           # where everything stands
-    model:ContinualLLM    # with the best weights; the newest if nothing was evaluated yet
+    model:ContinualLLM    # with the best weights; the newest if nothing was evaluated yet; None in all but the first of several processes that share one
     tokenizer:Tokenizer   # that reads and writes for it
     history:History       # every step and evaluation
     best_epoch:int        # from 1; 0 if nothing was evaluated yet
@@ -156,7 +157,8 @@ class Run:
 
     def __repr__(self):
         best = next((r for r in reversed(self.history.rows('eval')) if r['best']), None)
-        head = f"Run in {self.folder}: {self.model.n_params():,} parameters, {len(self.tokenizer):,} pieces"
+        size = f"{self.model.n_params():,} parameters" if self.model else "the model is in the first process"
+        head = f"Run in {self.folder}: {size}, {len(self.tokenizer):,} pieces"
         tail = f"; {'stopped by ' + self.stopped if self.stopped else 'complete'}"
         if not best: return head + tail + ' before its first evaluation'
         return head + (f"; best epoch {self.best_epoch}: loss {best['loss']:.4f}, perplexity {best['perplexity']:.2f} per token, "
@@ -470,7 +472,8 @@ def _finish(job, store, record, model, history, at, say, processes):
     processes.wait()  # until the first one has written all
     if processes.sharded: model = _gathered(model, processes)
     if at.best_epoch and (processes.first or not processes.sharded): job.take_best(model, _best(store, at))
-    run = Run(job.folder, model.eval(), job.tokenizer, history, at.best_epoch, at.best_loss, at.stopped)
+    whole = processes.first or not processes.sharded
+    run = Run(job.folder, model.eval() if whole else None, job.tokenizer, history, at.best_epoch, at.best_loss, at.stopped)
     if not processes.first: return run
     result = dict(step=at.step, best_step=at.best_step, best_epoch=at.best_epoch, best_loss=at.best_loss if at.best_epoch else None, seconds=round(at.seconds, 1))
     over = at.stopped in ('', 'early stopping')
