@@ -5,6 +5,7 @@ on the same shape where they are installed, and writing. Each row is printed and
 on. `--device cpu --mini` rehearses every part in miniature."""
 import argparse, contextlib, copy, json, math, os, signal, statistics, tempfile, time, traceback, warnings
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from continual_llm.model import ContinualLLM, ModelConfig, model_config
 from continual_llm.narrow import for_writing
 from continual_llm.optim import OptimConfig, make_optimizer
 from continual_llm.tokenizer import train_tokenizer
-from continual_llm.train import machine, make_parts, pretrain
+from continual_llm.train import Compiled, machine, make_parts, pretrain
 
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # what cuBLAS needs to repeat itself, before it is first used
 
@@ -205,13 +206,13 @@ def checked_runs(a):
 def shape_of(a, **more): return model_config(a.config, max_seq_len=a.size['seq_len'], vocab_size=a.size['vocab_size'], dropout=0., **more)
 
 
-def step_of(a, n, compiled):
+def step_of(a, n, compiled, graphs=False):
     "A model and a function that takes one of its training steps, n blocks at once, the way a run does"
     torch.manual_seed(0)
     model = ContinualLLM(shape_of(a)).to(a.on).train()
     ids = numpy_generator(0, 'gpu').integers(a.size['vocab_size'], size=a.size['seq_len']*n*(a.size['steps'] + 4), dtype=np.uint16)
     loop = LoopConfig(10**6, learning_rate=1e-4, precision=a.precision, device=str(a.on))
-    parts, opt, at = make_parts(model, None, Batches(ids, a.size['seq_len'], n), None, loop, compiled=compiled), make_optimizer(model, OptimConfig()), iter(range(10**6))
+    parts, opt, at = make_parts(model, None, Batches(ids, a.size['seq_len'], n), None, loop, compiled=compiled, graphs=graphs), make_optimizer(model, OptimConfig()), iter(range(10**6))
     return model, lambda: take_step(model, opt, parts, loop, next(at))
 
 
@@ -258,17 +259,26 @@ def training(a):
 
 
 def graphs(a):
-    "The smallest batch with CUDA graphs, which the library does not use: would they pay?"
-    n, top = a.size['batches'][0], ceiling(a)
-    model, _ = step_of(a, n, False)
-    net, opt = torch.compile(model, mode='reduce-overhead' if a.on.type == 'cuda' else 'default', dynamic=False), make_optimizer(model, OptimConfig())
-    ids = torch.randint(a.size['vocab_size'], (n, a.size['seq_len'] + 1), device=a.on)
-    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    def loss_fn(model, micro):
-        torch.compiler.cudagraph_mark_step_begin()
-        return net(x, targets=y, reduction='sum').clone(), y.numel()
-    loop, parts = LoopConfig(10**6, learning_rate=1e-4, precision=a.precision, device=str(a.on)), Parts(lambda step: [None], loss_fn, None, None)
-    yield measured(a, f'{a.config}, compiled with CUDA graphs', n, lambda: take_step(model, opt, parts, loop, 1), top)
+    "The smallest batch with the step recorded as CUDA graphs: gradients of several micro-batches against those without, and what it gains"
+    n, top, kept = a.size['batches'][0], ceiling(a), []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        model = ContinualLLM(shape_of(a)).to(a.on).train()
+        net = Compiled(model, SimpleNamespace(batch_size=n), True) if recorded else lambda x, y: model(x, targets=y, reduction='sum')
+        g, sums = torch.Generator(a.on).manual_seed(1), []
+        for step in range(2):
+            model.zero_grad(set_to_none=True)
+            for micro in range(3):
+                x, y = torch.randint(a.size['vocab_size'], (2, n, a.size['seq_len']), device=a.on, generator=g)
+                with autocast(a.precision, a.on): total = net(x, y)
+                total.backward()
+                sums.append(total.detach())
+        kept.append((sums, [p.grad for p in model.parameters()]))
+        cleared(a)
+    for what, got, want in zip(('losses', 'gradients'), *reversed(kept)): yield held(f'{what} of recorded micro-batches, added up', apart(got, want), 5e-2 if a.precision == 'bf16' else 1e-4)
+    yield measured(a, f'{a.config}, compiled', n, step_of(a, n, True)[1], top)
+    cleared(a)
+    yield measured(a, f'{a.config}, compiled with CUDA graphs', n, step_of(a, n, True, graphs=True)[1], top)
     cleared(a)
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS_OF_A_RUN', 'QUICK', 'holds_run', 'check_folder', 'read_record', 'check_room', 'clear_run', 'check_same',
            'machine', 'Run', 'validation_share', 'read_texts', 'Compiled', 'make_parts', 'keep_tokenizer', 'Job',
-           'carry_out', 'with_vocabulary', 'memory_bound', 'check_saving', 'within', 'check_parallel', 'computing_on',
-           'as_before', 'compiling', 'pretrain', 'quickstart']
+           'carry_out', 'with_vocabulary', 'memory_bound', 'check_saving', 'check_graphs', 'within', 'check_parallel',
+           'computing_on', 'as_before', 'compiling', 'pretrain', 'quickstart']
 
 # %% ../nbs/12_train.ipynb #9f465ed2
 import contextlib, os, platform, shutil
@@ -198,17 +198,27 @@ def read_texts(
 # %% ../nbs/12_train.ipynb #97e3c947
 class Compiled:
     "A model's loss, compiled for micro-batches of the usual size; a smaller one at the end of an epoch goes through the model as it is, and nothing is compiled twice"
-    def __init__(self, model:ContinualLLM, batches:Batches):
-        self.model, self.batches, self.usual = model, batches, batches.batch_size
-        self.hidden, self.whole = [torch.compile(f, dynamic=False) for f in (model.hidden, model)]  # each when it is first called
+    def __init__(self,
+        model:ContinualLLM, batches:Batches,
+        graphs:bool=False, # record what is compiled as CUDA graphs? They leave their results in the same memory each time
+    ):
+        self.model, self.batches, self.usual, self.graphs = model, batches, batches.batch_size, graphs
+        self.hidden, self.whole = [torch.compile(f, dynamic=False, **dict(mode='reduce-overhead') if graphs else {}) for f in (model.hidden, model)]  # each when it is first called
 
     def __call__(self,
         x:torch.Tensor, y:torch.Tensor, # (B,T) inputs and targets
     )->torch.Tensor:                    # summed nats
         "As the model's own"
+        if self.graphs: self.keep_apart()
         if len(x) != self.usual: return self.model(x, targets=y, reduction='sum')
-        if not self.sliced(x): return self.whole(x, targets=y, reduction='sum')
+        if not self.sliced(x): return self.whole(x, targets=y, reduction='sum').clone()  # the next replay writes over what this one returned
         return next_token_nats(self.hidden(x), self.model.out_weight, y, 'sum')
+
+    def keep_apart(self):
+        "Memory of their own for the gradients, to which replays add: else the first replay's would become theirs, and the second would write over it"
+        torch.compiler.cudagraph_mark_step_begin()
+        for p in self.model.parameters():
+            if p.grad is None and p.requires_grad: p.grad = torch.zeros_like(p)
 
     def sliced(self,
         x:torch.Tensor, # (B,T)
@@ -232,11 +242,12 @@ def make_parts(
     compiled:bool=False,  # compile the training step? evaluation stays as it is
     facts:dict|None=None, # the run's settings, kept with every resume state and naming the run in every checkpoint
     processes:Processes=Processes(), # that share an evaluation
+    graphs:bool=False,    # record the compiled step as CUDA graphs?
 )->Parts:
     "The callables of a pretraining run"
     device = next(model.parameters()).device
     batches = batches.on(device)
-    net = Compiled(model, batches) if compiled else None
+    net = Compiled(model, batches, graphs) if compiled else None
     def loss_fn(model, micro):
         x, y = [sent(t, device) for t in micro]
         return net(x, y) if net else model(x, targets=y, reduction='sum'), y.numel()
@@ -277,6 +288,7 @@ class Job:
     domain:str='base'       # what the text is called from now on
     memory:float|None=None  # share of its training tokens that is remembered; None as `remember` has it
     recompute:bool=False    # is each layer computed again for its gradients? The numbers are the same
+    graphs:bool=False       # is the compiled step recorded as CUDA graphs?
     best = Checkpoints.best # where the best checkpoint is published
 
     @property
@@ -311,7 +323,7 @@ class Job:
 
     def make_parts(self, model, facts:dict, processes:Processes)->Parts:
         "What the loop is handed"
-        return make_parts(model, self.tokenizer, self.batches, self.val, self.loop, self.eval_tokens, compiled=self.compiled, facts=facts, processes=processes)
+        return make_parts(model, self.tokenizer, self.batches, self.val, self.loop, self.eval_tokens, compiled=self.compiled, facts=facts, processes=processes, graphs=self.graphs)
 
     def take_best(self, model, checkpoint:dict)->None:
         "Put the best weights into the model"
@@ -520,6 +532,13 @@ def check_saving(
     if recompute and torch.device(device).type == 'mps' and (shape.dropout or shape.attn_dropout):
         raise UserError("recompute on mps would draw other dropout masks the second time; give dropout 0, or leave recompute out")
 
+def check_graphs(
+    cuda_graphs:bool, compile:bool, device, # as asked for
+)->None:
+    "Refuse to record what is not compiled, or not on CUDA"
+    if cuda_graphs and not (compile and torch.device(device).type == 'cuda'):
+        raise UserError(f"cuda_graphs records the compiled step of a CUDA GPU, and this run {'computes on ' + str(device) if compile else 'is not compiled'}; give --compile and --device cuda, or leave it out")
+
 def within(
     limit:float,              # GB that the process may take
     shape:ModelConfig,
@@ -612,6 +631,7 @@ def pretrain(
     device:str='auto',                # where to compute: `auto`, `cuda`, `mps` or `cpu`
     precision:str='auto',             # `fp32`, `bf16`, or `auto` for what the hardware multiplies natively
     compile:bool=False,               # compile the training step with torch.compile, which takes a minute to begin
+    cuda_graphs:bool=False,           # with `compile` on a CUDA GPU: record the step as a graph, for small models that wait for kernels to be launched; not tried on a GPU yet
     recompute:bool=False,             # keep the input of each layer alone and compute the layer again for its gradients: less memory, a third more work
     max_memory:float=0.,              # GB that the process may take (CPU): fewer blocks go through the model at once, and more batches are added up; 0 sets no bound; to be given again with `resume`
     parallel:str='ddp',               # with several processes (`torchrun`): `ddp`, each holds the whole model, or `fsdp`, each holds a share of it
@@ -633,14 +653,15 @@ def pretrain(
     where = pick_device(device)
     batch_size, grad_accumulation, vocab_size = [in_range(n, v, 1, whole=True) for n, v in dict(batch_size=batch_size, grad_accumulation=grad_accumulation, vocab_size=vocab_size).items()]
     eval_tokens, seed = [in_range(n, v, 0, whole=True) for n, v in dict(eval_tokens=eval_tokens, seed=seed).items()]
-    switches = dict(compile=compile, recompute=recompute, deterministic=deterministic, resume=resume, overwrite=overwrite, quiet=quiet)
-    compile, recompute, deterministic, resume, overwrite, quiet = [yes_or_no(n, v) for n, v in switches.items()]
+    switches = dict(compile=compile, cuda_graphs=cuda_graphs, recompute=recompute, deterministic=deterministic, resume=resume, overwrite=overwrite, quiet=quiet)
+    compile, cuda_graphs, recompute, deterministic, resume, overwrite, quiet = [yes_or_no(n, v) for n, v in switches.items()]
     loop = LoopConfig(1, epochs, learning_rate, warmup_steps, early_stopping_patience=early_stopping_patience, max_grad_norm=max_grad_norm, spike=spike,
                       schedule=schedule, eval_every=eval_every, max_steps=max_steps, max_time=max_time, save_every=save_every, keep_epochs=keep_epochs,
                       precision=pick_precision(precision, where), device=str(where), seed=seed)
     optim, shape = OptimConfig(optimizer, weight_decay), model_config(config, max_seq_len=max_seq_len, dropout=dropout)
     domain, memory, max_memory = domain_name(domain), memory_share(memory), memory_bound(max_memory, where)
     check_saving(where, shape, recompute, compile, max_memory)
+    check_graphs(cuda_graphs, compile, where)
     sharded = check_parallel(parallel, where, compile=compile, deterministic=deterministic, max_memory=max_memory)
     if compile: check_compiler(where)
     share = validation_share(val_data, val_split)
@@ -669,7 +690,7 @@ def pretrain(
         warmup, note = fit_warmup(warmup_steps, loop.total)
         if note: say(note)
         if not resume: lead(processes, lambda: check_room(folder, count_params(shape), min(epochs, keep_epochs or epochs)))
-        job = Job(folder, shape, replace(loop, warmup_steps=warmup), optim, tok, train, val, batches, eval_tokens, deterministic, compile, domain, memory, recompute)
+        job = Job(folder, shape, replace(loop, warmup_steps=warmup), optim, tok, train, val, batches, eval_tokens, deterministic, compile, domain, memory, recompute, cuda_graphs)
         run = carry_out(job, resume, overwrite, quiet, processes=processes)
         processes.wait()  # nobody leaves before the first has had its last word
         return run

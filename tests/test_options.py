@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
-from continual_llm import generate as writing, narrow
+from continual_llm import generate as writing, narrow, train as training
 from continual_llm.cli import generate_command, main
 from continual_llm.core import UserError, multiplies_bf16, read_json, seed_everything
 from continual_llm.evaluate import evaluate
@@ -96,6 +96,19 @@ def test_recompute(train, monkeypatch):
     assert all(torch.equal(w, plain[k]) for k, w in newest(again).items())
     assert sum(calls) == 3*2*SHAPE['n_layers'] and not again.model.training  # three steps
     assert again.generate('the cat', max_tokens=4)
+
+
+@shows(pretrain, 'cuda_graphs')
+def test_cuda_graphs(train, monkeypatch):
+    "The compiler is asked for graphs, and gradients get memory of their own; without CUDA it is refused"
+    with pytest.raises(UserError, match='this run is not compiled'): train(cuda_graphs=True)
+    with pytest.raises(UserError, match='this run computes on cpu'): train(cuda_graphs=True, compile=True)
+    plain, modes, apart = newest(train(compile=False)), [], []
+    monkeypatch.setattr(torch, 'compile', lambda f, mode=None, **how: modes.append(mode) or f)
+    monkeypatch.setattr(training, 'check_graphs', lambda *given: None)
+    monkeypatch.setattr(training.Compiled, 'keep_apart', lambda self: apart.append(1))
+    again = newest(train(cuda_graphs=True, compile=True))
+    assert {'reduce-overhead'} == set(modes[-2:]) and apart and all(torch.equal(w, plain[k]) for k, w in again.items())
 
 
 @shows(pretrain, 'parallel')
