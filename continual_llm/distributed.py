@@ -6,7 +6,7 @@
 __all__ = ['in_touch', 'Processes', 'join_processes', 'lead', 'in_turn']
 
 # %% ../nbs/08b_distributed.ipynb #5cd4e3b1
-import contextlib, os
+import contextlib, os, time
 from dataclasses import dataclass
 from datetime import timedelta
 import torch
@@ -75,7 +75,9 @@ def join_processes(
     patience = timedelta(days=7)  # the others wait while the first evaluates or tries again; one that is gone breaks its connection and is noticed at once
     dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', rank=rank, world_size=world, timeout=patience)
     try: yield Processes(rank, world, local)
-    finally: dist.destroy_process_group()
+    finally:
+        dist.destroy_process_group()
+        time.sleep(.3)  # its threads let go of the last tensors: for that they need the interpreter, which may be at its end when this process is
 
 def _own_gpu(device, local):
     "Let each process of a machine compute on a GPU of its own"

@@ -25,7 +25,7 @@ def _adds_bytes():
 
 _MADE, _NUMBERS = weakref.WeakValueDictionary(), itertools.count()
 
-@torch.library.custom_op('continual_llm::narrow_product', mutates_args=())
+@torch.library.custom_op(f"continual_llm::narrow_product_{__name__.replace('.', '_')}", mutates_args=())  # a page that is run beside the package has matrices of its own
 def _product(x:torch.Tensor, number:int, rows:int, kind:torch.dtype)->torch.Tensor: return _MADE[number].packed_product(x)
 
 @_product.register_fake

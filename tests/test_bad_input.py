@@ -323,7 +323,7 @@ def test_a_compiler_that_fails_in_the_step(capsys, here, monkeypatch, late):
     def fail(graph, inputs): raise InductorError(RuntimeError(words), inspect.currentframe())
     backend = aot_autograd(fw_compiler=fail if late == 'forward' else lambda graph, inputs: graph.forward, bw_compiler=fail)
     compiler = torch.compile
-    monkeypatch.setattr('torch.compile', lambda f, **how: compiler(f, **how, backend=backend) if isinstance(f, torch.nn.Module) else f)
+    monkeypatch.setattr('torch.compile', lambda f, **how: compiler(f, **how, backend=backend) if isinstance(getattr(f, '__self__', f), torch.nn.Module) else f)
     torch._dynamo.reset()
     code, out, err = call(capsys, *with_flag(), '--compile')
     line, = [l for l in err.splitlines() if l.startswith('continual-llm: ')]
