@@ -10,7 +10,7 @@ __all__ = ['PARTS_OF_A_RUN', 'QUICK', 'holds_run', 'check_folder', 'read_record'
 
 # %% ../nbs/12_train.ipynb #9f465ed2
 import contextlib, os, platform, shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 import torch
@@ -288,7 +288,7 @@ class Job:
     domain:str='base'       # what the text is called from now on
     memory:float|None=None  # share of its training tokens that is remembered; None as `remember` has it
     recompute:bool=False    # is each layer computed again for its gradients? The numbers are the same
-    graphs:bool=False       # is the compiled step recorded as CUDA graphs?
+    graphs:bool=field(default=False, kw_only=True) # is the compiled step recorded as CUDA graphs?
     best = Checkpoints.best # where the best checkpoint is published
 
     @property
@@ -690,7 +690,7 @@ def pretrain(
         warmup, note = fit_warmup(warmup_steps, loop.total)
         if note: say(note)
         if not resume: lead(processes, lambda: check_room(folder, count_params(shape), min(epochs, keep_epochs or epochs)))
-        job = Job(folder, shape, replace(loop, warmup_steps=warmup), optim, tok, train, val, batches, eval_tokens, deterministic, compile, domain, memory, recompute, cuda_graphs)
+        job = Job(folder, shape, replace(loop, warmup_steps=warmup), optim, tok, train, val, batches, eval_tokens, deterministic, compile, domain, memory, recompute, graphs=cuda_graphs)
         run = carry_out(job, resume, overwrite, quiet, processes=processes)
         processes.wait()  # nobody leaves before the first has had its last word
         return run
