@@ -179,6 +179,8 @@ def pick_precision(
 )->str:              # `fp32` or `bf16`
     "The arithmetic for matrix products; weights and sums stay in fp32 either way"
     one_of('precision', name, ('auto', 'fp32', 'bf16'))
+    if name == 'bf16' and torch.device(device).type != 'cpu' and not multiplies_bf16(device):  # a CPU without it is slow and right
+        raise UserError(f"precision=bf16 is not in the hardware of {device}; give fp32, or auto")
     return name if name != 'auto' else 'bf16' if multiplies_bf16(device) else 'fp32'
 
 # %% ../nbs/00_core.ipynb #454c1af4
