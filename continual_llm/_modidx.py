@@ -1001,6 +1001,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'continual_llm.scale.ScalePlan.tokens_per_day': ( 'scale.html#scaleplan.tokens_per_day',
                                                                                        'continual_llm/scale.py'),
                                      'continual_llm.scale._arrangements': ('scale.html#_arrangements', 'continual_llm/scale.py'),
+                                     'continual_llm.scale._planned': ('scale.html#_planned', 'continual_llm/scale.py'),
                                      'continual_llm.scale.bytes_on_each': ('scale.html#bytes_on_each', 'continual_llm/scale.py'),
                                      'continual_llm.scale.bytes_per_token': ('scale.html#bytes_per_token', 'continual_llm/scale.py'),
                                      'continual_llm.scale.bytes_sent': ('scale.html#bytes_sent', 'continual_llm/scale.py'),

@@ -123,13 +123,16 @@ def plan_scale(
     shape = model_config(config)
     machine = accelerator if isinstance(accelerator, Accelerator) else ACCELERATORS[one_of('accelerator', accelerator, ACCELERATORS)]
     T, N = in_range('seq_len', seq_len or shape.max_seq_len, 1, shape.max_seq_len, whole=True), count_params(shape)
-    found = next(_arrangements(shape, n, T, machine), None)
-    if found is None: raise UserError(f"n={n}: a model of {N/1e9:.2f} billion parameters does not fit on {n} x {machine.memory/1e9:.0f} GB with one block of {T:,} tokens; take more accelerators, or a shorter seq_len")
-    sharded, recompute, state, block, fit = found
+    plans = [_planned(shape, n, T, machine, step_tokens, 20.*N if tokens is None else in_range('tokens', tokens, 1), efficiency, *how) for how in _arrangements(shape, n, T, machine)]
+    if not plans: raise UserError(f"n={n}: a model of {N/1e9:.2f} billion parameters does not fit on {n} x {machine.memory/1e9:.0f} GB with one block of {T:,} tokens; take more accelerators, or a shorter seq_len")
+    return max(plans, key=lambda p: p.tokens_per_day)  # the first of equals
+
+def _planned(shape, n, T, machine, step_tokens, tokens, efficiency, sharded, recompute, state, block, fit):
+    "The plan for one arrangement"
     wanted = math.ceil(step_tokens/(T*n))
     accumulation = math.ceil(wanted/fit)
     micro = math.ceil(wanted/accumulation)
     blocks, sent = micro*accumulation, bytes_sent(shape, n, sharded, accumulation)
     work = blocks*T*flops_per_token(shape, T)*(4/3 if recompute else 1)
-    return ScalePlan(N, n, sharded, recompute, micro, accumulation, 20.*N if tokens is None else in_range('tokens', tokens, 1), blocks*T*n, state + micro*block, sent,
+    return ScalePlan(count_params(shape), n, sharded, recompute, micro, accumulation, tokens, blocks*T*n, state + micro*block, sent,
                      work/(machine.flops*efficiency), sent/(machine.link if n <= machine.per_machine else machine.network))
