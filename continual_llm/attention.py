@@ -77,6 +77,18 @@ class Attention(nn.Module):
         gain = torch.cat((self.q_norm.weight.expand(self.H, -1), self.k_norm.weight.expand(self.K, -1)))  # (H+K,D)
         return (F.rms_norm(qk, (self.D,), eps=self.q_norm.eps) * gain).to(qk.dtype)
 
+    def heads(self,
+        x:torch.Tensor,    # (B,T,d_model)
+        cos:torch.Tensor,  # as in `forward`
+        sin:torch.Tensor,  # as `cos`
+    )->tuple:              # (B,H,T,D), (B,K,T,D), (B,K,T,D)
+        "Queries and keys, turned by their position, and values"
+        qkv = self.qkv(x).view(*x.shape[:2], self.H + 2*self.K, self.D)  # (B,T,(H+2K)D) -> (B,T,H+2K,D)
+        qk, v = qkv.split((self.H + self.K, self.K), 2)
+        if self.q_norm is not None: qk = self._norm(qk)
+        q, k = rotate(qk, cos, sin).split((self.H, self.K), 2)
+        return tuple(t.transpose(1, 2) for t in (q, k, v))               # (B,T,heads,D) -> (B,heads,T,D)
+
     def forward(self,
         x:torch.Tensor,    # (B,T,d_model)
         cos:torch.Tensor,  # rotary table at these positions, (T,1,D) or (B,T,1,D)
@@ -87,11 +99,7 @@ class Attention(nn.Module):
     )->torch.Tensor:       # (B,T,d_model)
         "Every token looks at itself and at what came before"
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, self.H + 2*self.K, self.D)  # (B,T,(H+2K)D) -> (B,T,H+2K,D)
-        qk, v = qkv.split((self.H + self.K, self.K), 2)
-        if self.q_norm is not None: qk = self._norm(qk)
-        q, k = rotate(qk, cos, sin).split((self.H, self.K), 2)
-        q, k, v = [t.transpose(1, 2) for t in (q, k, v)]         # (B,T,heads,D) -> (B,heads,T,D)
+        q, k, v = self.heads(x, cos, sin)
         if cache is not None: k, v = cache.write(layer, k, v)    # (B,K,T,D) -> (B,K,S,D)
         if T == 1: q = q.reshape(B, self.K, -1, self.D)          # one token: queries of a key in its rows, (B,H,1,D) -> (B,K,G,D)
         p = self.p if self.training else 0.

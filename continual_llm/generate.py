@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRAIN', 'COMPILED', 'Sampling', 'penalise', 'keep_top_k', 'keep_top_p', 'probabilities', 'exponential_noise', 'draw',
            'choose', 'TextStream', 'evaluating', 'read_rows', 'set_lengths', 'cache_rows', 'put_rows', 'scores_after',
-           'Reader', 'banned_pieces', 'Chooser', 'stream', 'generate', 'load_model']
+           'Reader', 'banned_pieces', 'Chooser', 'token_rows', 'stream', 'generate', 'load_model']
 
 # %% ../nbs/10_generate.ipynb #7ac9b3af
 import codecs, copy, math, warnings
@@ -338,7 +338,11 @@ class Chooser:
         self.keys, self.seen = self.keys[rows], None if self.seen is None else self.seen[rows]
 
 # %% ../nbs/10_generate.ipynb #41096e49
-def _prompt_rows(model, tokenizer, prompts):
+def token_rows(
+    model,        # a `ContinualLLM`
+    tokenizer,    # the `Tokenizer` it was trained with
+    prompts:list, # texts
+)->list:          # a list of ids for each
     "Token ids of each prompt after `<s>`, which stood before the first token in training too"
     if not hasattr(model, 'hidden'): raise UserError(f"model={shown(model)} is no model; make one of a checkpoint with `load_model`")
     if not hasattr(tokenizer, 'encode_batch'): raise UserError(f"tokenizer={shown(tokenizer)} is no tokenizer; `load_model` gives the model's own")
@@ -399,7 +403,7 @@ def stream(
 ):                      # iterator of new text; for a list of prompts, of pairs (row, new text)
     "Continue a prompt and give out the text as it is written, never a part of a character"
     s, one = Sampling(max_tokens, **sampling), isinstance(prompt, str)
-    ids = _prompt_rows(model, tokenizer, [prompt] if one else prompt)
+    ids = token_rows(model, tokenizer, [prompt] if one else prompt)
     keys, banned, compile = _keys(s.seed, len(ids)), banned_pieces(tokenizer, s.forbid), yes_or_no('compile', compile)
     if compile: check_compiler(next(model.parameters()).device)
     pairs = _write(model, tokenizer, ids, keys, banned, s, compile) if ids and max_tokens else iter(())
