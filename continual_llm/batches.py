@@ -56,7 +56,8 @@ def _gather(ids, starts, length, bos_id):
 ROOM = 1/4 # of a GPU's free memory that a text may take
 
 def sent(
-    t:torch.Tensor, device,
+    t:torch.Tensor, # on the CPU
+    device,
 )->torch.Tensor:
     "A tensor on its way to where it is needed; nobody waits for a GPU to take it"
     away = torch.device(device).type == 'cuda' and t.device.type == 'cpu'

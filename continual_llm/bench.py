@@ -45,9 +45,9 @@ class Figure:
 
 def interleaved(
     tasks:dict,              # what -> (amount, unit, function that does it)
-    rounds:int,
+    rounds:int,              # measurements of each task
     wait=lambda: None,       # for a device that works on by itself
-    clock=time.perf_counter,
+    clock=time.perf_counter, # seconds, from any beginning
 )->list:                     # of `Figure`
     "Do each task once unmeasured, then all of them round after round"
     times = {what: [] for what in tasks}
@@ -150,7 +150,7 @@ class BenchReport:
     model:str          # that was trained
     flops:float        # operations that training takes for a token
     figures:dict       # what -> `Figure`
-    advice:list = field(default_factory=list)
+    advice:list = field(default_factory=list) # what to do about the figures, in lines
 
     def share(self,
         name:str, # `fp32` or `bf16`

@@ -337,7 +337,7 @@ def _put_together(state, place):
 def put_at(
     state:dict,     # nested dictionaries and lists
     key:str,        # the path of a tensor in it, as JSON: '["model_state_dict", "norm.weight"]'
-    t:torch.Tensor,
+    t:torch.Tensor, # the tensor
 )->None:
     "Put a tensor in its place"
     *path, last = json.loads(key)

@@ -62,7 +62,7 @@ def parse(
 
 # %% ../nbs/20_cli.ipynb #32e0766e
 def pretrain_command(**given):
-    "Pretrain, or run the quick start when no data is named"
+    "Pretrain, or run the quick start when no data is `given`"
     from continual_llm.train import pretrain, quickstart
     return pretrain(**given) if 'data' in given else quickstart(**given)
 

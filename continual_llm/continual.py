@@ -243,7 +243,7 @@ class Stage(Job):
 
 # %% ../nbs/13_continual.ipynb #f4da8db3
 def blocks_so_far(record):
-    "Blocks that a run and its ancestors were trained on, old ones among them"
+    "Blocks that the run of a `record` and its ancestors were trained on, old ones among them"
     return record.get('stage', {}).get('blocks') or record.get('result', {}).get('step', 0)*record['settings'].get('blocks_per_step', 0)
 
 def _plain(scores): return {name: asdict(s) for name, s in scores.items()}
@@ -460,7 +460,8 @@ def _inherited(parent, name, given, default):
     return parent.record['settings'].get(name, default) if given is None else given
 
 def check_new(
-    parent:Parent, domain:str,
+    parent:Parent,
+    domain:str, # what the new text would be called
 )->None:
     "Refuse a name that is taken"
     names = [d.name for d in parent.domains]
@@ -618,7 +619,8 @@ def _batch(parent, batch_size, grad_accumulation):
 
 # %% ../nbs/13_continual.ipynb #e2c62de2
 def leave_frozen(
-    stage:Stage, overwrite:bool, quiet:bool,
+    stage:Stage, overwrite:bool,
+    quiet:bool, # print nothing
 )->None:
     "A stage without a step: the lower bound, and a record of what the parent makes of the new text"
     say = (lambda *a: None) if quiet else print

@@ -26,16 +26,16 @@ PIECE = 1<<20 # bytes or characters handled at once
 @dataclass(frozen=True)
 class TokenFile:
     "A text as token ids on disk, with its counts and what it was made from"
-    path:Path
-    n_tokens:int
+    path:Path        # the file
+    n_tokens:int     # ids in it
     n_words:int|None # whitespace-separated words and line ends; None where only tokens were copied, as in a memory
     n_bytes:int|None # of the text in UTF-8
     n_lines:int|None # texts
-    n_docs:int
+    n_docs:int       # documents, which blank lines bound
     dtype:str        # of an id, such as '<u2'
     source:str       # its name, for people
-    source_hash:str
-    tokenizer_hash:str
+    source_hash:str  # of the text
+    tokenizer_hash:str # of the tokenizer that made the ids
     part:dict        # which part of the source this is; empty for all of it
     checksum:int     # CRC-32 of all the rest
 
@@ -154,8 +154,8 @@ def chosen_texts(
 
 # %% ../nbs/02_data.ipynb #766cc7ff
 def count_bytes(
-    text:str,
-)->int: # in UTF-8
+    text:str, # of any length
+)->int:       # in UTF-8
     "Bytes of a text, without copying it where one character is one byte"
     return len(text) if text.isascii() else len(text.encode())
 

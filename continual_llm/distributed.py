@@ -46,11 +46,11 @@ class Processes:
         return tensor
 
     def sums(self, *numbers)->list:
-        "Sums of plain numbers over all processes, in float64"
+        "Sums of plain `numbers` over all processes, in float64"
         return self.sum_(torch.tensor(numbers, dtype=torch.float64)).tolist() if self.world > 1 else list(numbers)
 
     def most(self, number:int)->int:
-        "The largest of a whole number over all processes"
+        "The largest of a whole `number` over all processes"
         if self.world == 1: return number
         with in_touch(): dist.all_reduce(n := torch.tensor(number), dist.ReduceOp.MAX)
         return int(n)

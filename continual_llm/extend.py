@@ -339,7 +339,7 @@ def masked(
 @dataclass(frozen=True)
 class ExtensionCost:
     "Bits per byte of an old domain before and after a tokenizer grew, nothing trained in between"
-    domain:str
+    domain:str   # what the old text is called
     before:float # the model as it was
     masked:float # extended, the new outputs masked: exactly `before`
     after:float  # extended

@@ -23,7 +23,7 @@ def change(
 @dataclass(frozen=True)
 class Verdict:
     "May the new model take the old one's place?"
-    passed:bool
+    passed:bool        # yes or no
     domain:str         # the old domain that lost most; empty if there is none
     change:float       # its relative change in bits per byte
     limit:float|None   # that was allowed; None allows anything

@@ -50,7 +50,7 @@ class Guard:
         return ''
 
     def note(self, loss:float, norm:float, wrong:str)->None:
-        "Remember a step: what it was like if it was taken, that it was left out if not"
+        "Remember a step: its `loss` and the `norm` of its gradient if it was taken, that it was left out if it went `wrong`"
         self.skipped = self.skipped + 1 if wrong else 0
         if wrong: return
         self.losses, self.norms = [*self.losses, loss][-WINDOW:], [*self.norms, _log(norm)][-WINDOW:]

@@ -59,11 +59,11 @@ class History:
         return self.records[-1]
 
     def rows(self, kind:str)->list:
-        "Records of one kind"
+        "Records of one `kind`"
         return [r for r in self.records if r['kind'] == kind]
 
     def column(self, kind:str, name:str)->list:
-        "One value of each record of a kind; None where a record lacks it"
+        "The value `name` of each record of a `kind`; None where a record lacks it"
         return [r.get(name) for r in self.rows(kind)]
 
     def best(self)->dict|None:
@@ -75,7 +75,7 @@ class History:
         return dict(records=[dict(r) for r in self.records])
 
     def restore(self, state:dict)->None:
-        "Go on from a `state()`, and let the views catch up"
+        "Go on from the `state` that `state()` gave, and let the views catch up"
         records = state.get('records') if isinstance(state, dict) else None
         if not isinstance(records, list) or not all(isinstance(r, dict) and isinstance(r.get('kind'), str) for r in records):
             raise UserError("the saved history is no list of records; use the state of this very run, or begin anew")
@@ -84,7 +84,7 @@ class History:
 
     @classmethod
     def from_state(cls, state:dict, views=())->'History':
-        "A history from a `state()`"
+        "A history from the `state` that `state()` gave, shown by `views`"
         (history := cls(views)).restore(state)
         return history
 

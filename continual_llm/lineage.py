@@ -22,7 +22,7 @@ class StageNode:
     about:dict           # what `run.json` says of the stage
     status:str           # `complete`, or why and whether it is not
     parent:Path|None     # folder of the run it began with
-    children:list=field(default_factory=list)
+    children:list=field(default_factory=list) # runs that began with it
 
     @classmethod
     def load(cls,
@@ -36,7 +36,9 @@ class StageNode:
         return cls(folder, about, record.get('status', ''), parent and Path(os.path.normpath(folder.absolute()/parent['folder'])))
 
     @property
-    def domain(self)->str: return self.about['domain']
+    def domain(self)->str:
+        "What its text is called"
+        return self.about['domain']
 
     def follows(self,
         other, # a `StageNode`

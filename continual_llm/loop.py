@@ -110,7 +110,7 @@ class Progress:
 class OutOfMemory(Exception): "A step's gradients did not fit in memory"
 
 def ran_out(
-    e:BaseException,
+    e:BaseException, # what a step raised
 )->bool:
     "Does this error say that there was no memory?"
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or isinstance(e, RuntimeError) and "can't allocate memory" in str(e)
@@ -208,7 +208,9 @@ def take_step(
 # %% ../nbs/09_loop.ipynb #2f5988e7
 class Interrupted(Exception):
     "A signal asked the run to save and leave"
-    def __init__(self, number:int):
+    def __init__(self,
+        number:int, # of the signal
+    ):
         self.number = number
         super().__init__(signal.Signals(number).name)
 
@@ -223,6 +225,7 @@ class Signals:
         return self
 
     def note(self, number, frame):
+        "Keep the `number` of a signal, whatever `frame` it met; a second Ctrl-C after a second leaves at once"
         again = self.got and number == signal.SIGINT and time.monotonic() - self.since > 1
         if again: raise KeyboardInterrupt
         if not self.got: self.got, self.since = number, time.monotonic()
@@ -322,12 +325,16 @@ class Clock:
         self.config, self.begun = config, time.monotonic()
         self.saved, self.start = self.begun, self.begun - seconds
 
-    def seconds(self)->float: return time.monotonic() - self.start
+    def seconds(self)->float:
+        "Spent by this process and those before it"
+        return time.monotonic() - self.start
 
     def out_of_time(self)->bool:
+        "Has this process had its `max_time`?"
         return bool(self.config.max_time) and time.monotonic() - self.begun >= 60*self.config.max_time
 
     def save_due(self, step:int)->bool:
+        "Should a resume state be saved after this step?"
         return is_anchor(step, self.config) or not self.config.save_every and time.monotonic() - self.saved >= 60*SAVE_MINUTES
 
 # %% ../nbs/09_loop.ipynb #7a51fcd0
@@ -400,7 +407,9 @@ class Loop:
         return self.store if self.processes.first or self.processes.sharded else None
 
     @property
-    def over(self)->bool: return bool(self.at.stopped) or self.at.step >= self.config.total and not evaluation_due(self.at, self.config)
+    def over(self)->bool:
+        "Is there nothing left to do?"
+        return bool(self.at.stopped) or self.at.step >= self.config.total and not evaluation_due(self.at, self.config)
 
 # %% ../nbs/09_loop.ipynb #2317779a
 def turn(

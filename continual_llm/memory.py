@@ -59,10 +59,10 @@ def _known(path, checksum):
 @dataclass(frozen=True)
 class Domain:
     "What is remembered of one domain"
-    name:str
+    name:str           # what its text is called
     number:int         # place in the order of learning, from 0
     source_hash:str    # of the text it was taught from
-    tokenizer_hash:str
+    tokenizer_hash:str # of the tokenizer that made the ids
     replay:TokenFile|None # a sample of its training tokens, if any may be kept
     val:TokenFile|None # its validation tokens, if it had any
 

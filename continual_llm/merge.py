@@ -42,7 +42,7 @@ def interpolate(
 def sweep(
     model,     # of which the weights are exchanged, and put back
     old:dict,  # name -> weight, as the model has them
-    new:dict,
+    new:dict,  # the same of the new model
     alphas,    # points of the line to try
     score,     # model -> a dictionary of numbers
 )->list:       # a dictionary for each point: `alpha` and its numbers

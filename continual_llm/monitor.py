@@ -115,7 +115,7 @@ class Console:
             case 'done': self.close(); self.say('\n' + done_lines(record, history))
 
     def move(self, record:dict):
-        "Bring the bar up to a step"
+        "Bring the bar up to the step of a `record`"
         if not self.progress: return
         self.bar = self.bar or _bar(self.total, record['step'])
         self.bar.set_description_str(f"Epoch {record['epoch']}/{self.epochs}", refresh=False)
@@ -123,7 +123,7 @@ class Console:
         self.bar.update(record['step'] + 1 - self.bar.n)
 
     def say(self, text:str):
-        "Print without tearing the bar"
+        "Print `text` without tearing the bar"
         if self.bar: self.bar.clear()
         try: print(text, flush=True)
         except UnicodeEncodeError: print(text.encode('ascii', 'replace').decode(), flush=True)  # a terminal without a tick mark

@@ -58,17 +58,23 @@ class Bf16Linear(NarrowLinear):
     "A matrix in bfloat16, and so is what comes out"
     kind = torch.bfloat16
     def pack(self, weight):
-        "Round, and bring into order"
+        "Round a `weight`, and bring it into order"
         weight = weight.bfloat16()
         if weight.device.type == 'cpu' and _packs(): self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
         else: self.register_buffer('plain', weight)
 
     @property
     def weight(self)->torch.Tensor: # (rows, columns) bfloat16
+        "The rounded matrix"
         return self.plain if self.packed is None else self.packed.to_dense()
 
-    def product(self, x): return F.linear(x.bfloat16(), self.plain)
-    def packed_product(self, x): return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, None, 'none', [], '')
+    def product(self, x):
+        "The product with `x`, from the matrix as it is"
+        return F.linear(x.bfloat16(), self.plain)
+
+    def packed_product(self, x):
+        "The product with `x`, from the matrix in the order of the hardware"
+        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, None, 'none', [], '')
 
 # %% ../nbs/10b_narrow.ipynb #971ba74d
 WORD = 16        # numbers that PyTorch's kernel reads of a row at once; where a row is no multiple, it would read past its end
@@ -79,7 +85,7 @@ class Int8Linear(NarrowLinear):
     "A matrix in bytes, with a scale for each row (Dettmers et al. 2022)"
     kind = torch.float32
     def pack(self, weight):
-        "Round, and bring into order"
+        "Round a `weight`, and bring it into order"
         scale = (weight.abs().amax(1)/127).clamp(min=2.**-100)
         near = scale.bfloat16()
         scale = torch.where(near.float() < scale, torch.nextafter(near, torch.full_like(near, torch.inf)), near)
@@ -90,6 +96,7 @@ class Int8Linear(NarrowLinear):
         else: self.register_buffer('rows', rows)
 
     def bytes(self)->torch.Tensor: # (rows, columns) int8
+        "The matrix in whole steps of each row's scale"
         return self.rows if self.packed is None else self.packed.to_dense().T
 
     @property
@@ -98,11 +105,12 @@ class Int8Linear(NarrowLinear):
         return self.bytes().float()*self.scale.float()[:, None]
 
     def product(self, x):
+        "The product with `x`, from the matrix as it is"
         if x.device.type == 'cpu' and len(x) <= FEW and x.shape[1] % WORD == 0: return torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.rows, self.scale).to(x.dtype)
         return F.linear(x, self.rows.to(x.dtype))*self.scale.to(x.dtype)
 
     def packed_product(self, x):
-        "Each input as bytes around 128, with a scale of its own"
+        "The product with `x`, each row of it as bytes around 128, with a scale of its own"
         scale = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).float().clamp_(min=2.**-100).div_(127)
         x = (x/scale).add_(128.5).to(torch.uint8)  # the half rounds, since what follows cuts off
         return torch.ops.onednn.qlinear_pointwise(x, 1., 128, self.packed, self.wide, self.zero, None, 1., 0, torch.float32, 'none', [], '').mul_(scale)
@@ -132,11 +140,11 @@ class NarrowLLM(ContinualLLM):
         return self.head.weight.float()
 
     def logits(self, hidden)->torch.Tensor: # (..., V)
-        "A score for every piece to come next"
+        "A score for every piece to come next, from the `hidden` state (..., d_model)"
         return self.head(hidden)
 
     def n_params(self, embeddings:bool=True)->int:
-        "Numbers that the model stands for"
+        "Numbers that the model stands for, with or without those of its `embeddings`"
         with torch.device('meta'): return ContinualLLM(self.config).n_params(embeddings)
 
     def _refuse(self, *args, **given):

@@ -98,13 +98,13 @@ class Nest:
         return self
 
     def start(self, settings:dict):
-        "Begin a run with settings of `pretrain`, plain values; none may be on"
+        "Begin a run with `settings` of `pretrain`, plain values; none may be on"
         with contextlib.suppress(BrokenPipeError):  # a nest that is gone is told of by `hear`
             self.process.stdin.write((json.dumps(settings) + '\n').encode())
             self.process.stdin.flush()
 
     def hear(self, until:float=math.inf)->tuple|None:
-        "The next thing told, or None if nothing is until then (of `time.monotonic`)"
+        "The next thing told, or None if nothing is by `until` (of `time.monotonic`)"
         while b'\n' not in self.heard:
             left = None if until == math.inf else max(0, until - time.monotonic())
             if not select.select([self.process.stdout], [], [], left)[0]: return None
@@ -130,7 +130,7 @@ class Nest:
 @dataclass
 class Life:
     "What a run told: tuples (time, word, value), the last of which is its end"
-    told:list
+    told:list          # (time, word, value)
     killed:bool=False  # did we end it?
 
     @property
@@ -144,7 +144,7 @@ class Life:
         return self.killed and next((w == 'saving' for _, w, _ in reversed(self.told) if w in ('saving', 'saved')), False)
 
     def times(self, word)->dict:
-        "When it told of each value of a word"
+        "When it told of each value of a `word`"
         return {v: t for t, w, v in self.told if w == word}
 
     @property
@@ -203,7 +203,7 @@ class Trap:
         self.save = statistics.median(b-a for a, b in zip(saving, saved))
 
     def hear(self, time:float, word:str, value):
-        "Set `due` by what a run has just told"
+        "Set `due` by what a run has just told: at this `time`, this `word` with this `value`"
         kind = self.moment.kind
         if word == 'step': self.armed = self.armed or value >= self.moment.step
         if kind == 'start' and word == 'begun': self.due = time + self.share*(min(self.at.values()) - self.begun)

@@ -15,17 +15,17 @@ from .core import one_of
 
 # %% ../nbs/03a_ops.ipynb #30ff0551
 def product_dtype(x):
-    "The type in which matrix products are computed here: autocast's, or the tensor's own"
+    "The type in which matrix products of `x` are computed here: autocast's, or its own"
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 def softmax_into(scores, room):
-    "The softmax of each row in the type of `room` and in its place"
+    "The softmax of each row of `scores` in the type of `room` and in its place"
     if room.device.type == 'cpu': return torch.softmax(room.copy_(scores), 1, out=room)
     return torch.softmax(scores, 1, dtype=room.dtype, out=room)
 
 def aligned(weight):
-    "An output matrix with as many rows as a GPU multiplies well, the added ones zero; a CPU takes any number, and a compiler sees to it by itself"
+    "An output matrix made of `weight` with as many rows as a GPU multiplies well, the added ones zero; a CPU takes any number, and a compiler sees to it by itself"
     n = len(weight)
     return weight if n % 64 == 0 or weight.device.type == 'cpu' or torch.compiler.is_compiling() else F.pad(weight, (0, 0, 0, -n % 64))
 
@@ -76,7 +76,8 @@ class _SummedNats(torch.autograd.Function):
 HELD = 2**30 # bytes of scores in fp32 that a GPU holds at once
 
 def too_many(
-    n_tokens:int, n_pieces:int,
+    n_tokens:int, # rows of scores
+    n_pieces:int, # scores in a row
 )->bool:
     "Are these so many scores that a GPU should make them in slices?"
     return 4*n_tokens*n_pieces > HELD

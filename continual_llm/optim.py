@@ -100,18 +100,20 @@ class Muon(torch.optim.Optimizer):
 
 # %% ../nbs/08a_optim.ipynb #6636a0f7
 class Together:
-    "Several optimizers that step, are saved and are restored as one"
+    "Several optimizers (`opts`) that step, are saved and are restored as one"
     def __init__(self, *opts): self.opts = opts
 
     @property
-    def param_groups(self): return [g for o in self.opts for g in o.param_groups]
+    def param_groups(self):
+        "The groups of all of them"
+        return [g for o in self.opts for g in o.param_groups]
 
     def step(self):
         "One step of each"
         for o in self.opts: o.step()
 
     def zero_grad(self, set_to_none:bool=True):
-        "Forget the gradients"
+        "Forget the gradients: None in their place, or zeros unless `set_to_none`"
         for o in self.opts: o.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self)->dict:
@@ -119,7 +121,7 @@ class Together:
         return dict(opts=[o.state_dict() for o in self.opts])
 
     def load_state_dict(self, state:dict):
-        "Go on from `state_dict`"
+        "Go on from the `state` that `state_dict` gave"
         for o, s in zip(self.opts, state['opts']): o.load_state_dict(s)
 
 # %% ../nbs/08a_optim.ipynb #a34bcebd

@@ -53,10 +53,14 @@ class Mixture:
         return self.new.per_epoch + sum(self.n_old)
 
     @property
-    def seq_len(self)->int: return self.new.seq_len
+    def seq_len(self)->int:
+        "Tokens of a block"
+        return self.new.seq_len
 
     @property
-    def seed(self)->int: return self.new.seed
+    def seed(self)->int:
+        "What the order of the new text comes from"
+        return self.new.seed
 
     @property
     def edges(self)->np.ndarray:
@@ -88,7 +92,9 @@ class MixedBatches(Batches):
         self.texts, self.blocks = [self.ids, *old], Mixture(self.blocks, memories, share)
         self.marked = marked and sum(self.blocks.n_old) > 0
 
-    def on(self, device): return self  # rows of several texts are put together in this machine's memory
+    def on(self, device):
+        "Itself, whatever the device"
+        return self  # rows of several texts are put together in this machine's memory
 
     def gather(self,
         starts:np.ndarray, # (B,) first target of each block in the row of texts

@@ -53,7 +53,7 @@ class Accelerator:
     flops:float     # bfloat16 operations a second
     link:float      # bytes a second that it sends to others in its machine
     network:float   # the same to other machines
-    per_machine:int=8
+    per_machine:int=8 # accelerators in a machine
 
 ACCELERATORS = dict(
     a100=Accelerator(80e9, 312e12, 300e9, 25e9),
@@ -64,7 +64,7 @@ ACCELERATORS = dict(
 @dataclass(frozen=True)
 class ScalePlan:
     "A run on many accelerators, in numbers"
-    n_params:int
+    n_params:int        # of the model, embeddings among them
     n:int               # accelerators
     sharded:bool        # FSDP, or DDP?
     recompute:bool      # are activations recomputed?
@@ -83,10 +83,14 @@ class ScalePlan:
         return max(self.compute, self.sending)
 
     @property
-    def tokens_per_day(self)->float: return 86400*self.step_tokens/self.seconds
+    def tokens_per_day(self)->float:
+        "Tokens learned in a day without a stop"
+        return 86400*self.step_tokens/self.seconds
 
     @property
-    def days(self)->float: return self.tokens/self.tokens_per_day
+    def days(self)->float:
+        "Days for all of the tokens"
+        return self.tokens/self.tokens_per_day
 
     @property
     def bound(self)->str:

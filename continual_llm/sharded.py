@@ -128,7 +128,7 @@ class Writer(StorageWriter):
     "Puts what this process holds into one archive; the first process learns what lies where"
     def __init__(self,
         folder, # of this save, new
-        rank:int,
+        rank:int, # of this process
     ): self.folder, self.rank, self.table = Path(folder), rank, None
 
     def reset(self, checkpoint_id=None): "Nothing to forget: each save has its own"
@@ -185,11 +185,11 @@ class Reader(StorageReader):
         return done
 
     def file_of(self, item):
-        "The file in which a part lies"
+        "The file in which a part (`item`) lies"
         return next(c['file'] for c in self.table['tensors'][item.storage_index.fqn]['chunks'] if c['offset'] == list(item.storage_index.offset))
 
     def held(self, name):
-        "A file's content; the one before it is dropped"
+        "The content of the file `name`; the one before it is dropped"
         if name not in self.open: self.open = {name: load_object(self.folder/name)}
         return self.open[name]
 
@@ -208,7 +208,7 @@ def taken_apart(
 
 def shares(
     tree,  # nested dictionaries and lists, with whole tensors
-    mesh,
+    mesh,  # as `make_mesh` gives it
 ):
     "The same with this process's shares of the tensors"
     if isinstance(tree, torch.Tensor): return distribute_tensor(tree.to(mesh.device_type), mesh, [Shard(0)], src_data_rank=None) if tree.ndim else tree
@@ -230,7 +230,7 @@ def read_share(
     state:dict,          # from `load_object`
     folder,              # that it lies in
     processes:Processes, # all of which read
-    mesh,
+    mesh,                # as `make_mesh` gives it
 )->dict:
     "This process's share of a state, whoever wrote it"
     if 'shards' not in state: return shares(state, mesh)

@@ -220,11 +220,19 @@ class Examination:
     round_trip:bool # does decoding give the text back?
 
     @property
-    def tokens_per_word(self)->float: return self.tokens / self.words if self.words else math.nan
+    def tokens_per_word(self)->float:
+        "Tokens for a word or a line end"
+        return self.tokens / self.words if self.words else math.nan
+
     @property
-    def bytes_per_token(self)->float: return self.bytes / self.tokens if self.tokens else math.nan
+    def bytes_per_token(self)->float:
+        "Bytes of text that a token stands for"
+        return self.bytes / self.tokens if self.tokens else math.nan
+
     @property
-    def fallback_rate(self)->float: return self.fallback / self.tokens if self.tokens else 0.
+    def fallback_rate(self)->float:
+        "Share of the tokens that are single bytes for want of a piece"
+        return self.fallback / self.tokens if self.tokens else 0.
 
     def __repr__(self):
         return (f"{self.tokens:,} tokens: {self.tokens_per_word:.2f} per word, {self.bytes_per_token:.2f} bytes each, "

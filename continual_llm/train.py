@@ -89,7 +89,7 @@ def check_room(
     return need
 
 def clear_run(folder):
-    "Remove a run's own files and folders, and nothing else: its record first, so that half of it is never gone on with, and last what says that there was one"
+    "Remove the own files and folders of the run in `folder`, and nothing else: its record first, so that half of it is never gone on with, and last what says that there was one"
     signs = ('last', 'final', 'best')
     inner = [Path(folder)/name for name in PARTS_OF_A_RUN if name not in signs]
     for path in inner + list(Path(folder).glob('epoch_*')) + [Path(folder)/name for name in signs]:
@@ -227,7 +227,7 @@ class Compiled:
         return x.device.type == 'cpu' or too_many(x.numel(), len(self.model.out_weight))
 
     def replan(self, detours, halvings):
-        "For `Parts.replan`: another size may become the usual one"
+        "For `Parts.replan`: after `detours` or `halvings` another size may become the usual one"
         other = self.batches.replan(detours, halvings)
         if other is not None: self.usual = other.batch_size
         return other
@@ -283,7 +283,7 @@ class Job:
     val:Any                 # token file to validate on
     batches:Batches         # of `train`
     eval_tokens:int=0       # validate on the first of the tokens alone; 0 means all
-    deterministic:bool=False
+    deterministic:bool=False # compute the same bits each time?
     compiled:bool=False     # is the training step compiled?
     domain:str='base'       # what the text is called from now on
     memory:float|None=None  # share of its training tokens that is remembered; None as `remember` has it
@@ -322,18 +322,18 @@ class Job:
         return ContinualLLM(self.shape)
 
     def make_parts(self, model, facts:dict, processes:Processes)->Parts:
-        "What the loop is handed"
+        "What the loop is handed; `facts` are the run's settings, kept with every resume state"
         return make_parts(model, self.tokenizer, self.batches, self.val, self.loop, self.eval_tokens, compiled=self.compiled, facts=facts, processes=processes, graphs=self.graphs)
 
     def take_best(self, model, checkpoint:dict)->None:
-        "Put the best weights into the model"
+        "Put the best weights, those of a `checkpoint`, into the model"
         model.load_state_dict(checkpoint['model_state_dict'])
 
     def tidy(self)->None:
         "What is left to do when all is written"
 
     def conclude(self, store, record:dict, model, history:History, say)->dict:
-        "What a finished run adds to `run.json`"
+        "What a finished run adds to the `record` that is its `run.json`"
         best = history.best()
         return dict(stage=dict(domain=self.domain, number=0, parent=None, method='pretrain', data=self.train.source, data_hash=self.train.source_hash,
                                after={self.domain: {k: best[k] for k in Score().to_dict()}} if best else {}))
@@ -345,7 +345,7 @@ class Job:
         return record
 
     def note(self, record:dict)->dict:
-        "Write `run.json`"
+        "Write a `record` as `run.json`"
         write_json(self.folder/'run.json', record, 'run')
         return record
 

@@ -45,10 +45,14 @@ class VerifyReport:
     folder:Path|None=None   # what was compared, kept if something differs
 
     @property
-    def identical(self)->bool: return not self.compared.differences
+    def identical(self)->bool:
+        "Are the two runs the same to the bit?"
+        return not self.compared.differences
 
     @property
-    def kills(self)->int: return sum(life.killed for life in self.lives)
+    def kills(self)->int:
+        "Times that the run was killed"
+        return sum(life.killed for life in self.lives)
 
     @property
     def inside(self)->int:
