@@ -631,7 +631,7 @@ def pretrain(
     device:str='auto',                # where to compute: `auto`, `cuda`, `mps` or `cpu`
     precision:str='auto',             # `fp32`, `bf16`, or `auto` for what the hardware multiplies natively
     compile:bool=False,               # compile the training step with torch.compile, which takes a minute to begin
-    cuda_graphs:bool=False,           # with `compile` on a CUDA GPU: record the step as a graph, for small models that wait for kernels to be launched; not tried on a GPU yet
+    cuda_graphs:bool=False,           # with `compile` on a CUDA GPU: record the step as a graph, for small models that wait for kernels to be launched
     recompute:bool=False,             # keep the input of each layer alone and compute the layer again for its gradients: less memory, a third more work
     max_memory:float=0.,              # GB that the process may take (CPU): fewer blocks go through the model at once, and more batches are added up; 0 sets no bound; to be given again with `resume`
     parallel:str='ddp',               # with several processes (`torchrun`): `ddp`, each holds the whole model, or `fsdp`, each holds a share of it
