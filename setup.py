@@ -12,6 +12,7 @@ versions = [v for v in ('3.10', '3.11', '3.12', '3.13') if tuple(map(int, v.spli
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],
     keywords=cfg['keywords'], license='Apache-2.0', packages=find_packages(include=['continual_llm', 'continual_llm.*']),
+    package_dir={'': '.'},  # so that an editable install sees the whole folder: nbdev's documentation asks `tests.reference` about symbols
     classifiers=['Intended Audience :: Developers', 'License :: OSI Approved :: Apache Software License',
                  *[f'Programming Language :: Python :: {v}' for v in versions]],
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',

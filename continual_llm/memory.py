@@ -120,7 +120,7 @@ def remember(
     train:TokenFile,          # the training side
     val:TokenFile|None,       # the validation side, if there is one
     folder,                   # the run's `memory` folder
-    name:str,                 # of the domain: letters, digits, `_`, `-` and `.`
+    name:str,                 # of the domain: letters, digits, underscores, hyphens and dots
     share:float|None=None,    # of the training tokens to keep, as `n_kept` has it; 0 keeps none
     max_bytes:int=MOST,       # to keep at most
     seed:int=0,               # other seeds, other documents

@@ -147,10 +147,14 @@ class Microscope(Sheet):
     n_tokens:int       # of the whole text
 
     @property
-    def title(self)->str: return f"What was forgotten: {self.names[0]} and {self.names[1]}"
+    def title(self)->str:
+        "What it shows, and of whom"
+        return f"What was forgotten: {self.names[0]} and {self.names[1]}"
 
     @property
-    def body(self)->str: return _body(self)
+    def body(self)->str:
+        "The passages side by side and the table of pieces, as HTML"
+        return _body(self)
 
     def __str__(self):
         lines = [_summary(self), *(line for i, p in enumerate(self.passages) for line in _passage_lines(i, p, self.names))]

@@ -186,7 +186,7 @@ class Passage(Sheet):
     "A text over the colour of what each token cost a model"
     tokens:tuple  # of `ReadToken`
     score:Score   # of the whole text
-    title:str='Where the model was surprised'
+    title:str='Where the model was surprised' # above it, where it is a page of its own
 
     @property
     def units(self)->list: # tuples (text, its tokens)

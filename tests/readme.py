@@ -2,7 +2,7 @@
 
     python -m tests.readme          # write README.md and its pictures
 """
-import base64, json, re
+import base64, fnmatch, json, re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,31 @@ def readme():
     return '\n\n'.join(parts) + '\n', pictures
 
 
+def _front(page):
+    "Title and subtitle of a page, and the file that it becomes on the site"
+    cells = json.loads(page.read_text(encoding='utf-8'))['cells']
+    title, subtitle = re.match(r'# (.+)\n\n?> (.+)', next(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')).groups()
+    name = re.sub(r'^\d+[a-zA-Z0-9]*_', '', page.stem) + '.html'
+    return title, subtitle, (page.parent.relative_to(ROOT/'nbs')/name).as_posix()
+
+
+def llms():
+    "The text of llms.txt: every page of the site in a line, for programs that read"
+    import yaml
+    nbs = ROOT/'nbs'
+    title, subtitle, _ = _front(nbs/'index.ipynb')
+    parts, left = [f'# {title}\n\n> {subtitle}\n'], sorted(p.relative_to(nbs).as_posix() for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+    for item in yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']:
+        if isinstance(item, str): item = dict(section='Home', contents=[item])
+        globs = [g['auto'] if isinstance(g, dict) else g for g in item['contents']]
+        found = [left.pop(left.index(p)) for g in globs for p in fnmatch.filter(left, g)]
+        lines = [f'- [{t}]({url}): {s}' for t, s, url in map(_front, [nbs/p for p in found])]
+        parts.append(f"## {item['section']}\n\n" + '\n'.join(lines) + '\n')
+    return '\n'.join(parts)
+
+
 def write():
+    (ROOT/'nbs'/'llms.txt').write_text(llms(), encoding='utf-8')
     text, pictures = readme()
     (ROOT/PICTURES).mkdir(parents=True, exist_ok=True)
     for old in (ROOT/PICTURES).glob('*.png'): old.unlink()

@@ -191,10 +191,8 @@ def _above(module, base, method):
     return next((e for b in cls.bases if (e := _above(cls.module, b, method))), None) if cls else None
 
 
-@lru_cache(None)
-def entries(module):
-    "Everything public in a module, by name"
-    source = (ROOT/PACKAGE/f'{module}.py').read_text(encoding='utf-8')
+def read(source, module):
+    "The entries of a module's source, by name"
     comments, lines, found = _comments(source), source.split('\n'), _reading.setdefault(module, {})
     for node in ast.parse(source).body:
         if isinstance(node, FUNCTIONS) and node.name[0] != '_':
@@ -202,7 +200,15 @@ def entries(module):
             found[node.name] = Entry(module, node.name, 'function', node.lineno, ast.get_docstring(node) or '', params, returns, _raises(node))
         if isinstance(node, ast.ClassDef) and node.name[0] != '_':
             for entry in _class(node, module, comments, lines): found[entry.name] = entry
+    return found
+
+
+@lru_cache(None)
+def entries(module):
+    "Everything public in a module of the package, by name"
     loaded = importlib.import_module(f'{PACKAGE}.{module}')
+    found = read((ROOT/PACKAGE/f'{module}.py').read_text(encoding='utf-8'), module)
+    found = {name: e for name, e in found.items() if name.split('.')[0] in loaded.__all__}
     for entry in found.values():
         if entry.kind == 'method':
             cls, name = entry.name.split('.')
@@ -242,8 +248,8 @@ def markdown(e, level=3):
     "An entry as Markdown"
     parts = [f"{'#'*level} {e.name}", _address(e), f'```python\n{_signature(e)}\n```', _plain(e.doc)]
     said = [(f'`{text}`', _plain(comment)) for _, text, comment in e.params if comment]
-    if e.returns[1]: said.append(('returns', _plain(e.returns[1])))
-    said += [(f'`{error}`', _plain(message)) for error, message in e.raises]
+    if e.returns[1]: said.append(('*returns*', _plain(e.returns[1])))
+    said += [(f'*raises* `{error}`', _plain(message)) for error, message in e.raises]
     if said: parts.append('\n\n'.join(f'{term}\n:   {text}' for term, text in said))
     return f"::: {{.reference}}\n\n" + '\n\n'.join(parts) + '\n\n:::\n'
 
