@@ -15,7 +15,7 @@ _SHOWN = {int: 'INT', float: 'FLOAT', str: 'TEXT'}  # what follows a flag, in th
 def _kind(annotation, default):
     "What a flag's text becomes"
     options = getattr(annotation, '__args__', (annotation,))
-    return next((t for t in (bool, int, float) if t in options or (annotation is inspect.Parameter.empty and type(default) is t)), str)
+    return next((t for t in (bool, int, float, list) if t in options or (annotation is inspect.Parameter.empty and type(default) is t)), str)
 
 def add_flags(
     parser:argparse.ArgumentParser, # gets a flag for each parameter
@@ -29,6 +29,7 @@ def add_flags(
         kind, needed = _kind(p.annotation, p.default), p.default is p.empty
         text = (help.get(name) or '').replace('%', '%%')
         if kind is bool: parser.add_argument(f'--{name}', action='store_true', default=argparse.SUPPRESS, help=text)
+        elif kind is list: parser.add_argument(f'--{name}', action='append', required=needed, default=argparse.SUPPRESS, metavar='TEXT', help=text + ' (required)'*needed)
         else:
             shown = ' (required)' if needed else '' if p.default in (None, '') else f" (default: {p.default})"
             parser.add_argument(f'--{name}', type=kind, required=needed, default=argparse.SUPPRESS, metavar=_SHOWN[kind], help=text + shown)

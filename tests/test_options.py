@@ -472,6 +472,18 @@ def test_what_is_evaluated(score, home, made, train):
     assert score(model=train(learning_rate=STILL).folder).loss > score().loss + 1
 
 
+@shows(evaluate, 'model')
+def test_models_asked_as_one(score, home, made, train):
+    "Against the probabilities of both, averaged by hand in plain blocks"
+    other = train(learning_rate=STILL)
+    ids = torch.tensor([made.tokenizer.bos_id] + made.tokenizer.encode((home/'few.txt').read_text()))
+    def probabilities(model):
+        model.eval()
+        return torch.cat([model(x[None]).double().softmax(-1)[0].gather(1, y[:, None]) for x, y in zip(ids[:-1].split(16), ids[1:].split(16))])
+    with torch.no_grad(): want = -((probabilities(made.model) + probabilities(other.model))/2).log().sum().item()
+    assert abs(score(model=[made.folder, other.folder]).nats - want) < 1e-5*want
+
+
 @shows(evaluate, 'tokenizer')
 def test_evaluate_tokenizer(score, home, tmp_path):
     train_tokenizer(home/'text.txt', vocab_size=285, save=tmp_path/'other')
