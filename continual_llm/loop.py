@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SAVE_MINUTES', 'FIRST_STEPS', 'LoopConfig', 'Parts', 'Progress', 'OutOfMemory', 'ran_out', 'add_up', 'half_sums',
            'gradients', 'share_gradients', 'read', 'take_step', 'Interrupted', 'Signals', 'is_anchor', 'evaluation_due',
-           'judge', 'publish', 'Diverged', 'look_up', 'resume_state', 'Clock', 'all_finite', 'with_events', 'Loop',
-           'turn', 'advance', 'go_back', 'no_memory', 'make_smaller', 'carry_on', 'fit']
+           'judge', 'publish', 'Diverged', 'tell_sample', 'look_up', 'resume_state', 'Clock', 'all_finite',
+           'with_events', 'Loop', 'Requested', 'act', 'rest', 'carry_out_action', 'evaluate_now', 'turn', 'advance',
+           'go_back', 'no_memory', 'make_smaller', 'carry_on', 'fit']
 
 # %% ../nbs/09_loop.ipynb #bcb2fa57
 import math, signal, threading, time
@@ -19,6 +20,7 @@ from .core import UserError, autocast, fields_in_range, one_of, seed_everything,
 from .distributed import Processes
 from .guard import ROLLBACKS, SKIPS, Guard, advice
 from .optim import all_of, own_part
+from .panel import REQUEST, Controls
 from .schedule import constant_then_decay, rewarm, set_lr
 
 # %% ../nbs/09_loop.ipynb #96c5c360
@@ -79,7 +81,7 @@ class Parts:
     evaluate:Callable               # (poll) -> `Score` on held-out data; calls `poll()` now and then
     payload:Callable                # (epoch, step, score) -> the dictionary of `checkpoint.pt`
     penalty:Callable|None=None      # () -> a tensor added to the mean loss, such as a regulariser
-    sample:Callable|None=None       # () -> a text shown after each evaluation
+    sample:Callable|None=None       # ([beginning]) -> a text, told after each evaluation and whenever it is asked for
     replan:Callable|None=None       # (detours, halvings) -> another `batch_at`, or None if a micro-batch can be no smaller
     facts:dict|None=None            # plain values kept with every resume state
 
@@ -100,6 +102,7 @@ class Progress:
     detours:list=field(default_factory=list)    # steps from which the rest of their epoch is read in another order
     anchors:list=field(default_factory=list)    # steps of the two newest states that the run can go back to
     halvings:int=0        # times the micro-batch was halved for want of memory
+    rate:float=1.         # what the learning rate was multiplied by on the way
     seconds:float=0.      # spent training, evaluating and saving
     stopped:str=''        # why the run ended before its last step
 
@@ -194,6 +197,7 @@ def take_step(
     poll:Callable=lambda: None,      # called between micro-batches; may raise to leave
     guard:Guard=Guard(),             # what is usual in this run
     processes:Processes=Processes(),
+    rate:float=1.,                   # what the learning rate is multiplied by
 )->dict:                             # loss (nats per token), tokens, grad_norm (before clipping), lr, wrong (why it was not taken, or nothing)
     "One optimizer step, left out if the guard says so"
     opt.zero_grad(set_to_none=True)
@@ -201,9 +205,9 @@ def take_step(
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     nats, norm = read(nats, all_of(norm), processes)
     wrong = guard.verdict(nats/tokens, norm, config.spike)
-    set_lr(opt, config.lr(step))
+    set_lr(opt, lr := rate*config.lr(step))
     if not wrong: opt.step()
-    return dict(loss=nats/tokens, tokens=tokens, grad_norm=norm, lr=config.lr(step), wrong=wrong)
+    return dict(loss=nats/tokens, tokens=tokens, grad_norm=norm, lr=lr, wrong=wrong)
 
 # %% ../nbs/09_loop.ipynb #2f5988e7
 class Interrupted(Exception):
@@ -260,13 +264,14 @@ def evaluation_due(
 
 def judge(
     at:Progress, config:LoopConfig,
-    loss:float,  # on held-out data, nats per token
-)->bool:         # is it the best so far?
+    loss:float,        # on held-out data, nats per token
+    asked:bool=False,  # by a person, between those that are due? Then it may be the best, and patience does not count it
+)->bool:               # is it the best so far?
     "Update best, patience and the reason to stop"
     at.evaluated, best = at.step, loss < at.best_loss
     if best: at.best_loss, at.best_epoch, at.best_step = loss, math.ceil(at.step/config.steps_per_epoch), at.step
-    at.no_improvement = 0 if best else at.no_improvement + 1
-    if config.early_stopping_patience and at.no_improvement >= config.early_stopping_patience: at.stopped = 'early stopping'
+    at.no_improvement = 0 if best else at.no_improvement + (not asked)
+    if not asked and config.early_stopping_patience and at.no_improvement >= config.early_stopping_patience: at.stopped = 'early stopping'
     return best
 
 # %% ../nbs/09_loop.ipynb #5e41a075
@@ -291,20 +296,30 @@ def publish(
 # %% ../nbs/09_loop.ipynb #e29de30f
 class Diverged(Exception): "A run went wrong in a way that leaving out a step does not mend"
 
+def tell_sample(
+    history, step:int, parts:Parts,
+    *beginning, # how it begins; left out, as always
+):
+    "Let the model write a little, and tell it"
+    if parts.sample is None: return
+    try: history.add('sample', step=step, text=parts.sample(*beginning))
+    except UserError as e: history.add('note', step=step, text=f"No sample: {e}")
+
 def look_up(
     at:Progress, parts:Parts, config:LoopConfig, history,
     store=None,                   # a `Checkpoints`, in the process that writes
     poll:Callable=lambda: None,   # may raise to leave
+    asked:bool=False,             # by a person, as `judge` has it
 )->None:
     "Evaluate, judge, publish, tell"
     start, score, epoch = time.monotonic(), parts.evaluate(poll), math.ceil(at.step/config.steps_per_epoch)
     if not math.isfinite(score.loss): raise Diverged(f"the validation loss is {score.loss}")
-    best, whole = judge(at, config, score.loss), at.step % config.steps_per_epoch == 0
+    best, whole = judge(at, config, score.loss, asked), at.step % config.steps_per_epoch == 0
     folder = store and publish(store, at, config, parts.payload(epoch, at.step, score), best)
     history.add('eval', step=at.step, epoch=epoch, whole=whole, train_loss=at.nats/max(at.tokens, 1),
-                **score.to_dict(), best=best, no_improvement=at.no_improvement, seconds=round(time.monotonic()-start, 3))
+                **score.to_dict(), best=best, no_improvement=at.no_improvement, patience=config.early_stopping_patience, seconds=round(time.monotonic()-start, 3))
     if folder: history.add('checkpoint', path=str(store.folder/folder), step=at.step)
-    if parts.sample is not None: history.add('sample', step=at.step, text=parts.sample())
+    tell_sample(history, at.step, parts)
     if whole: at.nats, at.tokens = 0., 0
 
 # %% ../nbs/09_loop.ipynb #147d69a8
@@ -349,13 +364,14 @@ def with_events(
     records:list, # of an earlier state
     history,      # which goes on from there
 )->list:
-    "An earlier history, with what must not be forgotten of what came after: what went wrong, and which evaluation was best"
-    return [*records, *(r for r in history.records[len(records):] if r['kind'] == 'note' or r.get('best'))]
+    "An earlier history, with what must not be forgotten of what came after: what went wrong, what a person did, and which evaluation was best"
+    return [*records, *(r for r in history.records[len(records):] if r['kind'] in ('note', 'action') or r.get('best'))]
 
 # %% ../nbs/09_loop.ipynb #22b41be2
 class Loop:
     "A run in progress: what is trained, where it stands, who is told"
-    def __init__(self, model, opt, parts:Parts, config:LoopConfig, history, store=None, processes:Processes=Processes()):
+    def __init__(self, model, opt, parts:Parts, config:LoopConfig, history, store=None, processes:Processes=Processes(), controls:Controls|None=None):
+        self.controls = controls or Controls()
         self.model, self.opt, self.parts, self.config, self.history, self.store, self.processes = model, opt, parts, config, history, store, processes
         self.plan, self.at, self.signals = parts, Progress(), Signals(processes)
         self.clock, self.began = Clock(0., config), 0
@@ -372,11 +388,15 @@ class Loop:
             self.at = Progress(**{**state['progress'], **course})
             odd = [f.name for f in fields(Progress) if not isinstance(getattr(self.at, f.name), (int, float) if f.type is float else f.type)]
             if odd: raise TypeError(f"its {odd[0]} is {shown(getattr(self.at, odd[0]))}")
-            if self.at.step: set_lr(self.opt, self.config.lr(self.at.step - 1))  # as the last step left it, should there be none before the next save
+            self.show_rate()
         except UserError: raise
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise UserError(f"the resume state is not of this run ({e}); begin anew with --overwrite") from None
         self.replan()
+
+    def show_rate(self):
+        "The rate of the last step in the optimizer, should there be none before the next save"
+        if self.at.step: set_lr(self.opt, self.at.rate*self.config.lr(self.at.step - 1))
 
     def replan(self):
         "Read what the course so far says"
@@ -411,6 +431,59 @@ class Loop:
         "Is there nothing left to do?"
         return bool(self.at.stopped) or self.at.step >= self.config.total and not evaluation_due(self.at, self.config)
 
+# %% ../nbs/09_loop.ipynb #4c61ebaa
+class Requested(Exception): "A person asked the run to save and leave"
+
+def act(
+    loop:Loop,
+):
+    "Repeat what is planned at this step and do what is asked for, until nothing is left and nobody holds the run"
+    controls = loop.controls
+    while (found := controls.take(loop.at.step)) or controls.paused:
+        if found: carry_out_action(loop, *found)
+        else: rest(loop)
+
+def rest(
+    loop:Loop,
+):
+    "A moment of a pause, which counts for the limit of time and not for the time of the run"
+    begun = time.monotonic()
+    loop.signals.agree()
+    if loop.config.max_time and loop.clock.out_of_time(): raise TimeoutError
+    loop.controls.wait(.2)
+    loop.clock.start += time.monotonic() - begun
+
+# %% ../nbs/09_loop.ipynb #1d4ac2e6
+def carry_out_action(
+    loop:Loop,
+    action:dict,  # as `check_action` has it
+    planned:bool, # repeated from a record? Then a pause is written down and not waited for
+):
+    "Write an action down, then do it"
+    at, controls, kind = loop.at, loop.controls, action['action']
+    if not planned and kind == ('pause' if controls.paused else 'go on'): return  # it is so already
+    if kind in ('pause', 'go on'): controls.paused = kind == 'pause' and not planned
+    loop.history.add('action', **action)
+    match kind:
+        case 'pause' if controls.paused: loop.save(due=False)  # it may be a long one
+        case 'stop': raise Requested(REQUEST)
+        case 'evaluate': evaluate_now(loop)
+        case 'sample': tell_sample(loop.history, at.step, loop.parts, action['prompt'])
+        case 'rate':
+            at.rate *= action['factor']
+            loop.show_rate()
+
+# %% ../nbs/09_loop.ipynb #4ae5e99f
+def evaluate_now(
+    loop:Loop,
+):
+    "An evaluation besides those that are due, if there is something new to see"
+    at = loop.at
+    if not at.step or at.evaluated == at.step: return
+    loop.check()
+    look_up(at, loop.parts, loop.config, loop.history, loop.writer, loop.signals.agree, True)
+    loop.save(due=False)
+
 # %% ../nbs/09_loop.ipynb #2317779a
 def turn(
     loop:Loop,
@@ -422,6 +495,7 @@ def turn(
         look_up(at, loop.parts, config, loop.history, writer, loop.signals.agree)
         return loop.save()
     loop.signals.agree()
+    act(loop)
     if writer and at.step == config.branch: writer.publish('branch/checkpoint.pt', loop.parts.payload(math.ceil(max(at.step, 1)/config.steps_per_epoch), at.step, None))
     if config.max_time and loop.processes.most(loop.clock.out_of_time()): raise TimeoutError
     advance(loop)
@@ -435,7 +509,7 @@ def advance(
 ):
     "Take one step and tell of it"
     at, config, begun = loop.at, loop.config, time.monotonic()
-    info = take_step(loop.model, loop.opt, loop.parts, config, at.step, loop.signals.poll, at.guard, loop.processes)
+    info = take_step(loop.model, loop.opt, loop.parts, config, at.step, loop.signals.poll, at.guard, loop.processes, at.rate)
     wrong = info.pop('wrong')
     at.guard.note(info['loss'], info['grad_norm'], wrong)
     if wrong: loop.history.add('note', step=at.step, text=f"Step {at.step} left out: {wrong}")
@@ -459,7 +533,7 @@ def go_back(
     new, old = [[s for s in at.anchors if s in loop.store.steps() and (s in at.detours) == been] for been in (False, True)]
     state = loop.store.latest(new[::-1] + old, loop.parts.facts)[0]
     best = dict(best_loss=at.best_loss, best_epoch=at.best_epoch, best_step=at.best_step)  # the file is there, whatever was gone back over
-    loop.restore(state, detours=[*at.detours, state['step']], halvings=at.halvings, anchors=[s for s in at.anchors if s <= state['step']], **best)
+    loop.restore(state, detours=[*at.detours, state['step']], halvings=at.halvings, anchors=[s for s in at.anchors if s <= state['step']], rate=at.rate, **best)
     loop.at.guard.rollbacks, loop.at.guard.skipped = back, 0
     loop.history.add('note', step=loop.at.step, text=f"Step {at.step}: {reason}. Back to the state after step {loop.at.step}, and on in another order "
                                                      f"({back} of {ROLLBACKS} times)")
@@ -499,7 +573,7 @@ def carry_on(
                 try: turn(loop)
                 except Diverged as e: go_back(loop, str(e))
                 except OutOfMemory: make_smaller(loop)
-        except (Interrupted, TimeoutError) as e:
+        except (Interrupted, Requested, TimeoutError) as e:
             if loop.sound(): loop.save(due=False)  # else what was saved before stands
             loop.at.stopped = str(e) or 'max_time'
         except (RuntimeError, MemoryError) as e:  # in the optimizer, or in an evaluation
@@ -515,6 +589,7 @@ def fit(
     store=None,              # a `Checkpoints`; without one nothing is saved
     state:dict|None=None,    # where an earlier run left off
     processes:Processes=Processes(), # that train together
+    controls:Controls|None=None, # through which it is told what to do on the way
 )->Progress:
     "Train until the last step, the end of patience, of time, or a signal"
-    return carry_on(Loop(model, opt, parts, config, history, store, processes), state)
+    return carry_on(Loop(model, opt, parts, config, history, store, processes, controls), state)

@@ -127,7 +127,7 @@ def _compared(nest, last):
     return Comparison(differences=[('the resumed run', f"ended with exit code {last.code}: {last.refusal or nest.last_words()}")])
 
 # %% ../nbs/15_verify.ipynb #7a8b477f
-@delegates(pretrain, but=['resume', 'overwrite', 'max_time'])
+@delegates(pretrain, but=['resume', 'overwrite', 'max_time', 'panel'])
 def verify_resume(
     data:str|None=None,     # text to train on; left out, the quick start's text and settings
     kills:int=5,            # how often to kill the run

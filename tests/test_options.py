@@ -402,6 +402,37 @@ def test_early_stopping_patience(train):
         assert (evals(run, 'step')[-1], run.stopped) == (last, 'early stopping' if patience else '')
 
 
+@shows(pretrain, 'prompt')
+def test_prompt(train):
+    "A sample after each evaluation begins with it, and is not the same as another; what is learned is"
+    runs = [train(prompt=p, max_steps=4, eval_every=2) for p in ('the cat', '')]
+    samples = [r.history.column('sample', 'text') for r in runs]
+    assert [s.startswith('the cat') and len(s) > len('the cat') for s in samples[0]] == [True, True] and not samples[1][0].startswith('the cat')
+    assert all(torch.equal(a, b) for a, b in zip(newest(runs[0]).values(), newest(runs[1]).values()))
+
+
+@shows(pretrain, 'panel')
+def test_panel(train, monkeypatch):
+    "Somebody who presses buttons while it trains; without the option there are none"
+    class Hand:
+        def __init__(self, controls): self.controls = controls
+        def __call__(self, record, history):
+            if record['kind'] == 'step' and record['step'] == 1: self.controls.ask('rate', factor=.5); self.controls.ask('evaluate')
+    monkeypatch.setattr('continual_llm.train.open_panel', Hand)
+    run, plain = train(panel=True, quiet=False, max_steps=4), train(quiet=False, max_steps=4)
+    assert [(r['step'], r['action']) for r in run.history.rows('action')] == [(2, 'rate'), (2, 'evaluate')] and evals(run, 'step') == [2, 4]
+    assert [a/b for a, b in zip(steps(run, 'lr'), steps(plain, 'lr'))] == [1, 1, .5, .5] and not plain.history.rows('action')
+
+
+@shows(pretrain, 'actions')
+def test_actions(train):
+    "As a list, and as the folder of a run in which it was done"
+    plan = [dict(step=1, action='rate', factor=.5)]
+    run, plain = train(actions=plan), train()
+    again = train(actions=str(run.folder))
+    assert [a/b for a, b in zip(steps(run, 'lr'), steps(plain, 'lr'))] == [1, .5, .5] and steps(again, 'loss') == steps(run, 'loss') != steps(plain, 'loss')
+
+
 @shows(pretrain, 'max_time')
 def test_max_time(train):
     run = train(max_time=1e-9, max_steps=5)
