@@ -29,7 +29,7 @@ from .memory import domain_name, memory_share, remember
 from .metrics import Score
 from .footprint import SPARE, count_params, fit_blocks, run_bytes
 from .model import ContinualLLM, ModelConfig, config_fields, model_config
-from .monitor import Console, JsonLines, LiveFigure, banner, save_curve
+from .monitor import Console, JsonLines, LiveFigure, banner, in_notebook, save_curve
 from .ops import next_token_nats, too_many
 from .optim import OptimConfig, make_optimizer
 from .panel import Controls, open_panel, read_actions, recorded_actions
@@ -468,7 +468,7 @@ def _history(job, state, quiet, views, processes):
     if not processes.first: return History()
     log = JsonLines(job.folder/'metrics.jsonl')
     if not state: log.restore(History())
-    said = () if quiet else (*[FirstStep(print)]*job.compiled, Console(job.loop.total, job.loop.epochs), LiveFigure())
+    said = () if quiet else (*[FirstStep(print)]*job.compiled, Console(job.loop.total, job.loop.epochs, progress=not in_notebook()), LiveFigure(job.loop.total, job.loop.epochs))
     return History((log, *said, *views))
 
 FEW = 1000 # steps; in fewer, compiling is hardly won back

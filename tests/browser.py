@@ -107,10 +107,10 @@ READY = """() => { const c = window.jupyterapp?.shell.currentWidget?.sessionCont
 WATCH = """() => {
     const seen = window.seen = {frames: [], most: 0}, book = document.querySelector('.jp-Notebook');
     const look = () => {
-        const shown = [...book.querySelectorAll('.jp-OutputArea-output img')];
+        const shown = [...book.querySelectorAll('.jp-OutputArea-output .cl-live, .jp-OutputArea-output img')];
         const busy = [...book.querySelectorAll('.jp-InputPrompt')].some(p => p.innerText.includes('*'));
         seen.most = Math.max(seen.most, shown.length);
-        for (const i of shown) if (i.src != seen.frames.at(-1)?.src) seen.frames.push({src: i.src, busy});
+        for (const i of shown) { const src = i.src ?? i.outerHTML; if (src != seen.frames.at(-1)?.src) seen.frames.push({src, busy}) }
     };
     new MutationObserver(look).observe(book, {subtree: true, childList: true, attributes: true, attributeFilter: ['src']});
 }"""

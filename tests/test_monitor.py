@@ -1,10 +1,10 @@
 "What no page can hold of the monitor: a real kernel, a terminal, a full disk, a closed pipe, long runs"
-import contextlib, gc, io, json, os, subprocess, sys, time
+import contextlib, gc, io, json, os, re, subprocess, sys, time
 from unittest.mock import patch
 import pytest
 from continual_llm.history import History, draw
 from continual_llm.metrics import Score, figure_png
-from continual_llm.monitor import Console, JsonLines, LiveFigure, save_curve
+from continual_llm.monitor import Console, JsonLines, LiveFigure, live_html, save_curve
 
 EVAL = dict(epoch=1, train_loss=5.2, **Score(510., 100, 80, 420).to_dict(), best=True, no_improvement=0)
 
@@ -29,10 +29,10 @@ def cell_outputs(*sources):
 
 RUN = '''
 from continual_llm.monitor import Console, History, LiveFigure, in_notebook
-h = History([Console(total=400, epochs=4), LiveFigure(every=.05)])
+h = History([Console(total=400, epochs=4, progress=False), LiveFigure(400, 4, every=.05)])
 seen, live = [], h.views[1]
 show = live.show
-def count(png): seen.append(len(png)); show(png)
+def count(data, about): seen.append(sorted(data)); show(data, about)
 live.show = count
 for s in range(400):
     h.add('step', step=s, epoch=1+s//100, loss=5-s/100, lr=1e-3, tokens_per_second=99.)
@@ -45,13 +45,14 @@ assert in_notebook()
 '''
 
 
-def test_one_figure_and_one_bar_stay_in_a_notebook():
-    run, seen, fig = cell_outputs(RUN, 'print(len(seen))', "from continual_llm.history import draw\ndraw(h)")
-    pictures = [o for o in run if 'image/png' in o.get('data', {})]
-    bars = [o['data']['text/plain'] for o in run if list(o.get('data', {})) == ['text/plain']]
+def test_one_picture_stays_in_a_notebook():
+    "Redrawn as HTML while the run goes on, kept once as a PNG with its description"
+    run, seen, fig = cell_outputs(RUN, 'print(len(seen), *{tuple(s) for s in seen[:-1]}, seen[-1])', "from continual_llm.history import draw\ndraw(h)")
+    (picture,) = [o for o in run if 'data' in o]
     text = ''.join(o['text'] for o in run if o.output_type == 'stream' and o.name == 'stdout')
-    assert len(pictures) == 1 and int(seen[0]['text']) >= 5  # redrawn several times, kept once
-    assert len(bars) == 1 and 'Epoch 4/4 100%' in bars[0] and '400/400' in bars[0]
+    assert int(seen[0]['text'].split()[0]) >= 5 and seen[0]['text'].strip().endswith("('text/html', 'text/plain') ['image/png', 'text/plain']")
+    assert sorted(picture['data']) == ['image/png', 'text/plain'] and 'Epoch 4/4 · step 400 of 400 · 100%' in picture['data']['text/plain']
+    assert picture['metadata']['image/png']['alt'].startswith('Training loss from 5.00 to 1.01')
     assert not [o for o in run if o.output_type == 'stream' and o.name == 'stderr']
     assert text.count('\nEpoch ') == 4 and text.endswith('Best model: Epoch 4 with validation loss 2.5050\n')
     assert 'image/png' in fig[0]['data']                     # a figure is shown where pyplot was never imported
@@ -95,7 +96,7 @@ def test_bar_on_a_terminal():
         h.add('note', text='a note')
         h.close()
     last = tty.getvalue().split('\r')
-    assert any('Epoch 2/2 100%' in t and '20/20 steps' in t and 'loss 4.0500, 1,234 tokens/s' in t for t in last)
+    assert any('Epoch 2/2 100%' in t and '20/20 steps' in t and re.search(r'loss 4.0500, 1,234 tokens/s, [\d.]+ [MG]B', t) for t in last)
     assert any(t.startswith('a note\n') for t in last)       # on a line of its own, with the bar cleared before it
     assert not last[-1].strip()                              # nothing stays
 
@@ -161,7 +162,7 @@ def test_curve_file_is_whole_or_as_before(tmp_path):
 @pytest.mark.parametrize('bad', [dict(loss=None), dict(loss=float('nan'), perplexity=float('inf')), dict(perplexity='text')])
 def test_odd_numbers_never_stop_a_run(bad, tmp_path):
     shown, h = [], History()
-    h.views += [Console(20, 2, progress=False), JsonLines(tmp_path/'m.jsonl'), LiveFigure(show=shown.append, every=0)]
+    h.views += [Console(20, 2, progress=False), JsonLines(tmp_path/'m.jsonl'), LiveFigure(show=lambda *given: shown.append(given), every=0)]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         h.add('step', **step(0))
         h.add('eval', step=1, **EVAL | bad)
@@ -191,11 +192,12 @@ def timed(f, times=3):
 
 def test_a_long_run_is_drawn_as_fast_as_a_short_one():
     short, long = long_history(500), long_history(20_000)
+    assert timed(lambda: live_html(long, None, 20_000, 2)) < 20*timed(lambda: live_html(short, None, 500, 2))  # forty times the records
     assert timed(lambda: figure_png(draw(long))) < 2*timed(lambda: figure_png(draw(short))) + .1
 
 
 def test_following_a_run_costs_little_per_step(tmp_path):
-    h = History([Console(5000, 2), JsonLines(tmp_path/'m.jsonl'), LiveFigure(show=lambda png: None, every=3600)])
+    h = History([Console(5000, 2), JsonLines(tmp_path/'m.jsonl'), LiveFigure(show=lambda data, about: None, every=3600)])
     with contextlib.redirect_stderr(io.StringIO()):
         h.add('step', **step(0, 5000))  # the first one draws
         took = timed(lambda: [h.add('step', **step(s, 5000)) for s in range(1, 2001)], times=1)
@@ -204,10 +206,12 @@ def test_following_a_run_costs_little_per_step(tmp_path):
 
 def test_redraws_leave_nothing_behind():
     from matplotlib.artist import Artist
-    h, live = long_history(300), LiveFigure(show=lambda png: None, every=0)
+    h, live = long_history(300), LiveFigure(show=lambda data, about: None, every=0)
     def artists():
         live.stale = h
         live.redraw()
+        live.stale = h
+        live.finish()
         gc.collect()
         return sum(issubclass(type(o), Artist) for o in gc.get_objects())
     artists()
