@@ -225,7 +225,7 @@ def modules():
 def _plain(text):
     "Text in which nothing but backticks has a meaning"
     parts = re.split(r'(`[^`]*`)', text)
-    return ''.join(p if i%2 else re.sub(r'([\\*_<>$\[\]~^#@|])', r'\\\1', p) for i, p in enumerate(parts))
+    return ''.join(p if i%2 else re.sub(r'''([\\*_<>$\[\]~^#@|"'-])''', r'\\\1', p) for i, p in enumerate(parts))
 
 
 def _signature(e):

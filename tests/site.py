@@ -85,7 +85,7 @@ def output(page, o, said, name):
         return text('text/markdown')
     if o['output_type'] == 'stream' and o['name'] != 'stdout': return ''
     shown = ''.join(o.get('text') or data.get('text/plain', '')).rstrip('\n')
-    return fenced(shown, 'output') if shown else ''
+    return fenced(shown, 'output .long' if max(map(len, shown.split('\n'))) > 100 else 'output') if shown else ''
 
 
 def has_table(text): return bool(re.search(r'^\|?[ :]*-{3,}[-| :]*\|[-| :]*$', text, re.M))
@@ -176,7 +176,7 @@ def resolve(page, by_source):
         return f'href="{target}' + (f'#{anchor}"' if anchor else '"')
     page.body = re.sub(r'href="([^"]*)"', link, page.body)
     page.body = re.sub(r'<span class="source">continual_llm/(\w+)\.py, line (\d+)</span>', rf'<a class="source" href="{page.up}source/\1.html#L-\2">source</a>', page.body)
-    page.body = re.sub(r'<table.*?</table>', r'<div class="wide" tabindex="0">\g<0></div>', page.body, flags=re.S)
+    page.body = re.sub(r'<table.*?</table>', lambda m: f'<div class="wide{" dense"*(m[0].partition("</tr>")[0].count("<th") > 6)}" tabindex="0">{m[0]}</div>', page.body, flags=re.S)
 
 
 # The frame of a page
@@ -247,7 +247,7 @@ class Reader(HTMLParser):
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
         self.ids, self.links, self.loads, self.bare, self.sections, self.inside = set(), [], [], [], [['', '', '']], ''
-        self.anchor, self.main, self.skipped = '', False, 0
+        self.anchor, self.main, self.skipped, self.code, self.prose = '', False, 0, 0, []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -264,13 +264,16 @@ class Reader(HTMLParser):
             self.inside = tag
             self.sections.append(['', a.get('id') or self.anchor, ''])
         if tag in ('pre', 'style', 'script', 'math'): self.skipped += 1
+        if tag == 'code': self.code += 1
 
     def handle_endtag(self, tag):
         if tag == self.inside: self.inside = ''
         if tag in ('pre', 'style', 'script', 'math'): self.skipped -= 1
+        if tag == 'code': self.code -= 1
 
     def handle_data(self, data):
         if not self.main or self.skipped: return
+        if not self.code: self.prose.append(data)
         section = self.sections[-1]
         if self.inside: section[0] += data
         elif len(section[2]) < 300: section[2] += data
@@ -347,6 +350,12 @@ def unsaid(pages, readers):
     return problems + [f'{p.source}: no alternative text for {src}' for p in pages if not p.bare for src in readers[p.url].bare]
 
 
+def garbled(pages, readers):
+    "Markdown that was meant and is shown instead; flags whose hyphens became a dash"
+    signs = r'.{0,30}\]\(\S*|(?:^|[\s(])–[a-z]\w*.{0,20}|(?:^|\s)\*\*\S.{0,20}|:::.{0,20}'
+    return [f'{p.source}: the text shows {m.strip()!r}' for p in pages for text in readers[p.url].prose for m in re.findall(signs, text)]
+
+
 def drifted(root=ROOT):
     "Files written from the pages that are not what the pages say"
     from tests.readme import llms, readme
@@ -372,7 +381,7 @@ def build(out, pages):
     (out/'search.js').write_text(search_index(pages, readers), encoding='utf-8')
     wrong_links, n_links = broken(files, readers, out)
     wrong_symbols, n_symbols = undescribed(pages)
-    problems += wrong_links + wrong_symbols + unsaid(pages, readers) + drifted()
+    problems += wrong_links + wrong_symbols + unsaid(pages, readers) + garbled(pages, readers) + drifted()
     report = f'{len(pages)} pages with {sum(len(p.files) for p in pages)} figures, {n_symbols} symbols documented, {n_links:,} links checked, warnings {n_warnings}'
     return report, problems
 
