@@ -1,6 +1,8 @@
 "A JupyterLab of its own and a browser, for the tests that look at what a person would see"
-import base64, contextlib, json, os, shutil, signal, subprocess, sys, time
+import base64, contextlib, functools, json, os, shutil, signal, subprocess, sys, time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 import nbformat, psutil
 
 ROOT = Path(__file__).parent.parent
@@ -107,10 +109,13 @@ READY = """() => { const c = window.jupyterapp?.shell.currentWidget?.sessionCont
 WATCH = """() => {
     const seen = window.seen = {frames: [], most: 0}, book = document.querySelector('.jp-Notebook');
     const look = () => {
-        const shown = [...book.querySelectorAll('.jp-OutputArea-output .cl-live, .jp-OutputArea-output img')];
-        const busy = [...book.querySelectorAll('.jp-InputPrompt')].some(p => p.innerText.includes('*'));
+        const shown = [...book.querySelectorAll('.jp-OutputArea-output :is(img, svg.cl-curve)')];
         seen.most = Math.max(seen.most, shown.length);
-        for (const i of shown) { const src = i.src ?? i.outerHTML; if (src != seen.frames.at(-1)?.src) seen.frames.push({src, busy}) }
+        for (const picture of shown) {
+            const drawn = picture.src ?? picture.innerHTML, live = picture.closest('.cl-live');
+            if (drawn != seen.frames.at(-1)?.drawn) seen.frames.push({drawn, said: live?.innerText, bar: live && parseFloat(live.querySelector('.cl-bar').style.width),
+                busy: [...book.querySelectorAll('.jp-InputPrompt')].some(p => p.innerText.includes('*'))});
+        }
     };
     new MutationObserver(look).observe(book, {subtree: true, childList: true, attributes: true, attributeFilter: ['src']});
 }"""
@@ -142,7 +147,7 @@ class Book:
     def watch(self): self.tab.evaluate(WATCH)
 
     def seen(self):
-        "Since `watch`: each new picture in an output, with whether a cell was at work, and the most of them at a time"
+        "Since `watch`: each new picture in an output, what stood around it, whether a cell was at work; and the most of them at a time"
         return self.tab.evaluate('() => seen')
 
     def run(self):
@@ -152,7 +157,7 @@ class Book:
             with contextlib.suppress(AssertionError): return wait_for(lambda: self.prompts()[0], 'cell at work', 5)
         raise AssertionError('no cell ever began')
 
-    def finish(self, seconds=240.):
+    def finish(self, seconds=400.):
         "Wait until every cell has its number"
         wait_for(lambda: all(p.isdigit() for p in self.prompts()), 'end of the cells', seconds, self.text)
 
@@ -164,3 +169,53 @@ class Book:
     def leave(self):
         "Give the kernel back"
         self.tab.evaluate('() => jupyterapp.shell.currentWidget.sessionContext.shutdown()')
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+
+@contextlib.contextmanager
+def serve(folder):
+    "A folder on a free port of this machine; its address"
+    server = ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(_Quiet, directory=folder))
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    try: yield f'http://127.0.0.1:{server.server_port}/'
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+LOOK = r"""async () => {
+    for (const d of document.querySelectorAll('main details')) d.open = true;
+    const size = e => { const r = e.getBoundingClientRect(); return [r.width, r.height] };
+    const pictures = [...document.images];
+    await Promise.allSettled(pictures.map(i => { i.loading = 'eager'; return i.decode() }));
+    const text = document.createTreeWalker(document.querySelector('main'), NodeFilter.SHOW_TEXT), tex = [];
+    while (text.nextNode()) if (!text.currentNode.parentElement.closest('code, pre, math, script') && /\\[a-z]{2,}|\$\$/.test(text.currentNode.data)) tex.push(text.currentNode.data);
+    return {pictures: pictures.map(i => ({src: i.src, whole: i.complete && i.naturalWidth > 0, size: size(i)})), tex,
+            math: [...document.querySelectorAll('math')].map(m => ({text: m.textContent, size: size(m)}))};
+}"""
+
+
+class Visit:
+    "A tab that remembers what was asked for, and what went wrong"
+    def __init__(self, browser, **more):
+        self.tab, self.asked, self.wrong = browser.new_page(**more), [], []
+        self.tab.on('request', lambda r: self.asked.append(r.url))
+        self.tab.on('requestfailed', lambda r: self.wrong.append(f'{r.url}: {r.failure}'))
+        self.tab.on('response', lambda r: r.status >= 400 and self.wrong.append(f'{r.url}: {r.status}'))
+        self.tab.on('console', lambda m: m.type in ('error', 'warning') and self.wrong.append(f'{self.tab.url}: {m.text}'))
+        self.tab.on('pageerror', lambda e: self.wrong.append(f'{self.tab.url}: {e}'))
+
+    def look(self, url):
+        "Open a page and unfold all of it: its pictures and its maths with their sizes, and TeX that was left over"
+        self.tab.goto(url)
+        return self.tab.evaluate(LOOK)
+
+    def width(self, inner):
+        "How wide the page is in a window of this width"
+        self.tab.set_viewport_size(dict(width=inner, height=844))
+        return self.tab.evaluate('() => document.documentElement.scrollWidth')

@@ -10,16 +10,6 @@ ROOT = Path(__file__).parent.parent
 PNG = base64.b64encode(b'\x89PNG\r\n\x1a\n').decode()
 
 
-@pytest.fixture(scope='module')
-def pages(): return site.read_pages(ROOT/'nbs')
-
-
-@pytest.fixture(scope='module')
-def built(pages, tmp_path_factory):
-    out = tmp_path_factory.mktemp('site')/'site'
-    return out, *site.build(out, copy.deepcopy(pages))
-
-
 def test_nothing_is_wrong(built):
     _, report, problems = built
     assert not problems, '\n'.join(problems)
