@@ -174,7 +174,7 @@ def in_words(
     history:History,
 )->str: # one sentence or two
     "What the figure shows"
-    steps, evals, best = history.rows('step'), history.rows('eval'), history.best()
+    steps, evals, best = [r for r in history.rows('step') if r.get('loss') is not None], [r for r in history.rows('eval') if r.get('loss') is not None], history.best()
     if not steps: return 'Nothing was learned yet: three empty panels'
     text = f"Training loss from {steps[0]['loss']:.2f} to {steps[-1]['loss']:.2f} nats per token over {steps[-1]['step']+1:,} steps"
     if best: text += f"; validation loss from {evals[0]['loss']:.2f} to {evals[-1]['loss']:.2f} in {len(evals)} evaluations, a star on the best, {best['loss']:.4f} after step {best['step']:,}"

@@ -317,7 +317,7 @@ def look_up(
     best, whole = judge(at, config, score.loss, asked), at.step % config.steps_per_epoch == 0
     folder = store and publish(store, at, config, parts.payload(epoch, at.step, score), best)
     history.add('eval', step=at.step, epoch=epoch, whole=whole, train_loss=at.nats/max(at.tokens, 1),
-                **score.to_dict(), best=best, no_improvement=at.no_improvement, patience=config.early_stopping_patience, seconds=round(time.monotonic()-start, 3))
+                **score.to_dict(), best=best, no_improvement=at.no_improvement, patience=config.early_stopping_patience, seen=at.seen, seconds=round(time.monotonic()-start, 3))
     if folder: history.add('checkpoint', path=str(store.folder/folder), step=at.step)
     tell_sample(history, at.step, parts)
     if whole: at.nats, at.tokens = 0., 0

@@ -10,7 +10,7 @@ import inspect, math, os, random, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.meta import delegates
-from .compare import Comparison, compare_runs
+from .compare import Comparison, compare_twins
 from .core import UserError, human_time, in_range, nearest
 from .nest import Moment, Nest, Trap, live
 from .tokenizer import Tokenizer, train_tokenizer
@@ -123,7 +123,7 @@ def _killed(nest, settings, whole, kills, seed, say):
 
 def _compared(nest, last):
     "The killed run against the other one; that it did not end well is a difference too"
-    if not last.code: return compare_runs(nest.folder/'whole', nest.folder/'killed')
+    if not last.code: return compare_twins(nest.folder/'whole', nest.folder/'killed')
     return Comparison(differences=[('the resumed run', f"ended with exit code {last.code}: {last.refusal or nest.last_words()}")])
 
 # %% ../nbs/15_verify.ipynb #7a8b477f
@@ -153,7 +153,7 @@ def verify_resume(
         if not report.identical:
             nest.keep, report.folder = True, nest.folder
             _untouched(nest, settings, 'again')
-            report.repeats = not compare_runs(nest.folder/'whole', nest.folder/'again').differences
+            report.repeats = not compare_twins(nest.folder/'whole', nest.folder/'again').differences
     return report
 
 # %% ../nbs/15_verify.ipynb #8553968e

@@ -9,7 +9,7 @@ from continual_llm import distill
 from continual_llm import train as training
 from continual_llm.checkpoint import Checkpoints, load_checkpoint
 from continual_llm.cli import main
-from continual_llm.compare import compare_runs
+from continual_llm.compare import compare_twins
 from continual_llm.continual import Learned, Stage, continual_learn, remember_domain
 from continual_llm.core import UserError, read_json, write_json
 from continual_llm.footprint import SPARE, run_bytes
@@ -86,7 +86,7 @@ def test_left_and_resumed(teach, method):
     whole, left = teach(**asked), teach(**asked, max_time=1e-9)
     assert left.stopped == 'max_time' and left.verdict is None and not left.refused
     for minutes in (1e-9, 1e-3, 0.): left = teach(**asked, max_time=minutes, resume=True, save_dir=str(left.folder))
-    seen = compare_runs(whole.folder, left.folder)
+    seen = compare_twins(whole.folder, left.folder)
     assert seen.files > 3 and not seen.differences
     assert left.verdict == whole.verdict and left.after == whole.after
 
@@ -122,7 +122,7 @@ def test_really_killed(home, tmp_path):
             while p.poll() is None and time.monotonic() < until and not (log.exists() and log.read_bytes().count(b'"kind": "step"') >= steps): time.sleep(.002)
             p.send_signal(signal.SIGKILL)
     assert subprocess.run(argv('killed'), env=env).returncode in (0, 3)
-    assert not compare_runs(tmp_path/'whole', tmp_path/'killed').differences
+    assert not compare_twins(tmp_path/'whole', tmp_path/'killed').differences
     assert Learned.load(tmp_path/'whole').verdict == Learned.load(tmp_path/'killed').verdict
 
 
@@ -293,7 +293,7 @@ def test_two_processes(home, tmp_path):
     finally: [p.kill() for p in both]
     assert codes == [one.returncode]*2
     assert Learned.load(tmp_path/'two').verdict == Learned.load(tmp_path/'one').verdict and same(weights(Learned.load(tmp_path/'two')), weights(Learned.load(tmp_path/'one')))
-    for trial in (tmp_path/'one').glob('retry/*'): assert not compare_runs(trial, tmp_path/'two'/'retry'/trial.name).differences
+    for trial in (tmp_path/'one').glob('retry/*'): assert not compare_twins(trial, tmp_path/'two'/'retry'/trial.name).differences
 
 
 # ---- options ----

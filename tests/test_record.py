@@ -7,7 +7,7 @@ import torch
 from continual_llm import train
 from continual_llm.archive import DamagedFile, StorageError, load_object
 from continual_llm.checkpoint import load_checkpoint, run_id
-from continual_llm.compare import compare_runs
+from continual_llm.compare import compare_twins
 from continual_llm.core import UserError
 from continual_llm.evaluate import evaluate
 from continual_llm.generate import load_model
@@ -134,4 +134,4 @@ def test_numbers_of_numpy_are_as_good_as_plain_ones(home):
     kinds = {bool: np.bool_, int: np.int64, float: np.float64}
     run(home, 'numpy', **{k: kinds[type(v)](v) for k, v in plain.items()})
     run(home, 'plain', **plain)
-    assert record(home, 'numpy')['settings'] == record(home, 'plain')['settings'] and not compare_runs(home/'plain', home/'numpy').differences
+    assert record(home, 'numpy')['settings'] == record(home, 'plain')['settings'] and not compare_twins(home/'plain', home/'numpy').differences

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from continual_llm import nest, verify
 from continual_llm.cli import main
-from continual_llm.compare import compare_runs
+from continual_llm.compare import compare_twins
 from continual_llm.nest import Moment
 from continual_llm.verify import verify_resume
 
@@ -51,9 +51,9 @@ def test_a_forgotten_moment_is_found_and_named(text, monkeypatch, capsys):
     assert e.value.code == 1 and 'DIFFERENT' in out and str(folder) in out
     assert 'first state that differs: last/' in out and 'first record that differs: metrics.jsonl/' in out
     assert 'repeats itself to the bit' in out
-    places = [place for place, _ in compare_runs(folder/'whole', folder/'killed').differences]
+    places = [place for place, _ in compare_twins(folder/'whole', folder/'killed').differences]
     assert 'last/optimizer/state/1/exp_avg' in places and 'last/model_state_dict/embed.weight' in places
-    assert not compare_runs(folder/'whole', folder/'again').differences
+    assert not compare_twins(folder/'whole', folder/'again').differences
 
 
 def test_arithmetic_that_does_not_repeat_itself_is_told_apart(text, monkeypatch):

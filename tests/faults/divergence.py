@@ -5,7 +5,7 @@ from dataclasses import replace
 from unittest.mock import patch
 import torch
 from continual_llm.archive import load_object
-from continual_llm.compare import compare_runs
+from continual_llm.compare import compare_twins
 from continual_llm.guard import FEWEST, ROLLBACKS, SKIPS
 from tests.faults.runs import Row, command, difference, leftovers, run_difference
 
@@ -122,7 +122,7 @@ def struck(server, home, name, fault, strikes):
 def same(whole, other, kind, said):
     "Where the disturbed run differs; of one that gave up, the newest state is wherever it was stopped last"
     if kind != 'always': return run_difference(whole, other)
-    return next((': '.join(d) for d in compare_runs(whole, other).differences if not d[0].startswith('last')), '') or difference(*said, 'last words')
+    return next((': '.join(d) for d in compare_twins(whole, other).differences if not d[0].startswith('last')), '') or difference(*said, 'last words')
 
 
 def one(server, home, kind, fault, strikes):

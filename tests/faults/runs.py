@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from continual_llm.core import read_json
 from continual_llm.tokenizer import train_tokenizer
-from continual_llm.compare import compare_runs, differences
+from continual_llm.compare import compare_twins, differences
 
 WORDS = 'cat dog hen fox owl cow mat log hill road'.split()
 TEXT = '\n'.join(f'the {a} sat on the {b} and saw the {c} .\n' for a in WORDS[:4] for b in WORDS for c in WORDS)
@@ -33,7 +33,7 @@ def difference(a, b, where=''): return next((f'{place}: {how}' for place, how in
 
 def run_difference(whole, other):
     "Where two finished runs first differ: weights, moments, best, patience, history, log; settings, threads and status"
-    seen = compare_runs(whole, other)
+    seen = compare_twins(whole, other)
     if not seen.files > 3: return f'only {seen.files} files to compare'
     if seen.differences: return ': '.join(seen.differences[0])
     return difference(*[{k: read_json(run/'run.json', 'run')[k] for k in ('settings', 'threads', 'status')} for run in (whole, other)], 'run.json')
