@@ -44,7 +44,7 @@ def readme():
     cells, pictures, parts = json.loads((ROOT/'nbs'/'index.ipynb').read_text(encoding='utf-8'))['cells'], {}, []
     for n, cell in enumerate(cells, 1):
         if cell['cell_type'] == 'code': parts += _code(cell, n, pictures)
-        else: parts.append(''.join(cell['source']).strip('\n'))
+        else: parts.append(''.join(cell['source']).strip('\n').replace('src="images/', 'src="nbs/images/'))
     return '\n\n'.join(parts) + '\n', pictures
 
 

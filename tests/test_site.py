@@ -1,6 +1,7 @@
 "The site: nothing is wrong with it, and what would be wrong is found"
 import base64, copy, json, os, re, shutil, subprocess
 from pathlib import Path
+from matplotlib.image import imread
 import nbformat.v4 as v4
 import nbformat
 import pytest
@@ -40,6 +41,15 @@ def test_every_page_is_text_too(built):
     out, _, _ = built
     links = re.findall(r'^- \[.+\]\((\S+)\): .+$', (out/'llms.txt').read_text(), re.M)
     assert len(links) == len(site.notebooks(ROOT/'nbs')) and all((out/l).is_file() and (out/f'{l}.md').is_file() for l in links)
+
+
+def test_the_home_page_shows_a_run():
+    "A picture that a browser took, named on the home page and in the README, and light"
+    from tests.portrait import PICTURE, over
+    text = (ROOT/'nbs'/'index.ipynb').read_text(encoding='utf-8')
+    assert 'src=\\"images/live.png\\"' in text and 'src="nbs/images/live.png"' in (ROOT/'README.md').read_text(encoding='utf-8')
+    assert PICTURE.stat().st_size < 100_000 and imread(PICTURE).shape[1] > 800
+    assert [over(t) for t in ('step 360 of 600 · 60%', '1,200 of 2,400 steps', 'Starting')] == [.6, .5, 0.]
 
 
 def notebook(folder, name, *cells):
