@@ -39,12 +39,17 @@ def _code(cell, n, pictures):
     return parts
 
 
+def _moved(text):
+    "Markdown of the home page seen from the folder above: the picture, and each page of the table as a link to its notebook"
+    return re.sub(r'^\| `([\w/]+)` \|', r'| [`\1`](nbs/\1.ipynb) |', text.replace('src="images/', 'src="nbs/images/'), flags=re.M)
+
+
 def readme():
     "The text of README.md, and its pictures by name"
     cells, pictures, parts = json.loads((ROOT/'nbs'/'index.ipynb').read_text(encoding='utf-8'))['cells'], {}, []
     for n, cell in enumerate(cells, 1):
         if cell['cell_type'] == 'code': parts += _code(cell, n, pictures)
-        else: parts.append(''.join(cell['source']).strip('\n').replace('src="images/', 'src="nbs/images/'))
+        else: parts.append(_moved(''.join(cell['source']).strip('\n')))
     return '\n\n'.join(parts) + '\n', pictures
 
 

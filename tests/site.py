@@ -29,6 +29,7 @@ class Page:
     markdown: str = ''
     files: dict = field(default_factory=dict)   # url -> bytes of a picture
     bare: list = field(default_factory=list)    # numbers of the cells whose picture has no words
+    labels: list = field(default_factory=list)  # of its figures
     shows: bool = False                         # is there a figure or a table?
     entries: set = field(default_factory=set)   # names that its reference describes
     body: str = ''
@@ -97,6 +98,7 @@ def code(page, cell, number):
     parts = [fenced(source, cell['metadata'].get('language', 'python'))] if source and said.get('echo') != 'false' else []
     if said.get('output') == 'false': return parts
     name = said.get('label') or f'cell-{number}'
+    page.labels += [said['label']] if 'label' in said else []
     joined = []
     for o in cell['outputs']:  # a run prints line by line; the lines are one output
         if joined and o.get('name') == 'stdout' == joined[-1].get('name'): joined[-1] = dict(joined[-1], text=[*joined[-1]['text'], *o['text']])
@@ -176,6 +178,8 @@ def resolve(page, by_source):
         return f'href="{target}' + (f'#{anchor}"' if anchor else '"')
     page.body = re.sub(r'href="([^"]*)"', link, page.body)
     page.body = re.sub(r'<span class="source">continual_llm/(\w+)\.py, line (\d+)</span>', rf'<a class="source" href="{page.up}source/\1.html#L-\2">source</a>', page.body)
+    if page.source == 'index.ipynb':  # the table of pages names them, for the README has another way to them
+        page.body = re.sub(r'<td><code>([\w/]+)</code></td>', lambda m: f'<td><a href="{by_source[m[1] + ".ipynb"].url}"><code>{m[1]}</code></a></td>' if m[1] + '.ipynb' in by_source else m[0], page.body)
     page.body = re.sub(r'<table.*?</table>', lambda m: f'<div class="wide{" dense"*(m[0].partition("</tr>")[0].count("<th") > 6)}" tabindex="0">{m[0]}</div>', page.body, flags=re.S)
 
 
@@ -346,6 +350,7 @@ def undescribed(pages):
 def unsaid(pages, readers):
     "Pages without a figure or a table, and figures without words"
     problems = [f'{p.source}: no figure and no table' for p in pages if not p.shows]
+    problems += [f'{p.source}: two figures are labelled {l}' for p in pages for l in sorted(set(p.labels)) if p.labels.count(l) > 1]
     problems += [f'{p.source}: cell {n} has a figure without `#| fig-alt:`' for p in pages for n in p.bare]
     return problems + [f'{p.source}: no alternative text for {src}' for p in pages if not p.bare for src in readers[p.url].bare]
 

@@ -28,6 +28,18 @@ def test_pages_stand_alone(built):
     assert '[data-theme=dark]' in css and '@media (max-width' in css and 'url(' not in css
 
 
+def test_the_home_page_leads_to_every_page(built):
+    "On the site and in the README, where the table of pages has their names alone"
+    out, _, _ = built
+    names = re.findall(r'^\| `([\w/]+)` \|', '\n'.join(c.source for c in nbformat.read(ROOT/'nbs'/'index.ipynb', 4).cells), re.M)
+    assert len(names) == len(site.notebooks(ROOT/'nbs')) - 1
+    index, readme = (out/'index.html').read_text(), (ROOT/'README.md').read_text(encoding='utf-8')
+    for name in names:
+        assert re.search(rf'<a href="[\w/]+\.html"><code>{name}</code></a>', index), name
+        target = re.search(rf'\[`{name}`\]\((\S+)\)', readme)[1]
+        assert (ROOT/target).is_file()
+
+
 def test_search_finds_symbols_and_sections(built):
     out, _, _ = built
     index = json.loads((out/'search.js').read_text().removeprefix('PAGES = '))
@@ -69,6 +81,8 @@ def test_every_fault_is_found(pages, tmp_path):
         notebook(tmp_path/'nbs', 'zz_links', table, v4.new_markdown_cell('[a](nowhere.ipynb) [b](04_model.ipynb#nothing) [c](#nothing) [d](05_schedule.ipynb#lr_at)')),
         notebook(tmp_path/'nbs', 'zz_bare', picture('fig, ax = plt.subplots()')),
         notebook(tmp_path/'nbs', 'zz_said', picture('#| label: fig-a\n#| fig-cap: "One"\n#| fig-alt: "A line"\nfig, ax = plt.subplots()')),
+        notebook(tmp_path/'nbs', 'zz_twice', *[picture('#| label: fig-a\n#| fig-cap: "One"\n#| fig-alt: "A line"\nfig, ax = plt.subplots()') for _ in range(2)]),
+        notebook(tmp_path/'nbs', 'zz_shown', table, v4.new_markdown_cell('[`lr_at`](05_schedule.ipynb) with --resume and ** this**')),
         notebook(tmp_path/'nbs', 'zz_words', v4.new_markdown_cell('Words alone')),
         notebook(tmp_path/'nbs', 'zz_raw', v4.new_markdown_cell('<img src="images/none.png">'), v4.new_markdown_cell('<img src="https://example.org/a.png" alt="a">')),
         notebook(tmp_path/'nbs', 'zz_warned', table, v4.new_markdown_cell('::: {.note}\nnever closed')),
@@ -81,6 +95,9 @@ def test_every_fault_is_found(pages, tmp_path):
         'zz_links.ipynb: the link model.html#nothing has no such anchor',
         'zz_links.ipynb: the link #nothing has no such anchor',
         'zz_bare.ipynb: cell 2 has a figure without `#| fig-alt:`',
+        'zz_twice.ipynb: two figures are labelled fig-a',
+        "zz_shown.ipynb: the text shows '](/schedule.html#lr_at)'",
+        "zz_shown.ipynb: the text shows '–resume and ** this**'",
         'zz_words.ipynb: no figure and no table',
         'zz_raw.ipynb: the link images/none.png leads nowhere',
         'zz_raw.ipynb: loads https://example.org/a.png from another host',
