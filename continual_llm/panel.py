@@ -141,7 +141,7 @@ class Panel:
 
     def open_ears(self):
         "Take messages where the front end sends them; ipykernel 7.4 turns them over to the thread that last told a widget something, and that is the one that trains"
-        for widget in (self.box, *self.buttons): vars(widget.comm).pop('_reply_subshell_id', None)
+        for widget in (self.box, *self.buttons): widget.comm._reply_subshell_for = lambda data, asked: asked
 
     def show(self):
         "Put it into the cell's output"
@@ -153,7 +153,7 @@ class Panel:
         if record['kind'] == 'action': self.tell(record)
         elif time.monotonic() > self.until:
             self.until = math.inf
-            if not (self.done or self.answered.is_set()): self.said.value = f"This front end sends no clicks while a cell runs; {INTERRUPT}"
+            if not (self.done or self.answered.is_set()): self.said.value = f"No sign yet that clicks arrive while the cell runs; where none does, {INTERRUPT}"
 
     def tell(self,
         record:dict, # of an action
@@ -162,7 +162,6 @@ class Panel:
         self.done.append(_words(record))
         self.said.value = '; '.join(self.done[-3:])
         self.buttons[0].description, self.buttons[0].icon = ('Go on', 'play') if self.controls.paused else ('Pause', 'pause')
-        self.open_ears()
 
     def close(self):
         "Leave in words what was done, in place of buttons that do nothing any more"
