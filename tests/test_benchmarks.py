@@ -120,3 +120,22 @@ def test_all_of_the_gpu_benchmark_runs(tmp_path):
     assert {r['part'] for r in rows} == set(runpy.run_path(str(FOLDER/'gpu.py'), run_name='imported')['PARTS'])
     assert sum(r.get('ok', False) for r in rows) >= 30
     assert (tmp_path/'gpu.md').read_text().count('\n## ') == len({r['part'] for r in rows})
+
+
+def test_a_small_text_learned_in_several_ways(run, tmp_path, monkeypatch):
+    "One row in a process of its own; a row that stands there is not run again, and one that answers for others is their mean"
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    text = Path(__file__).with_name('test_options.py').read_text()
+    (tmp_path/'train.txt').write_text(text[:20_000]), (tmp_path/'valid.txt').write_text(text[20_000:24_000])
+    def rows(names):
+        with pytest.raises(SystemExit) as e: run('quality.py', '--data', str(tmp_path), '--work', str(tmp_path/'work'), '--mini', '--jobs', '2', '--rows', names)
+        assert not e.value.code
+        return [json.loads(line) for line in (tmp_path/'rows.jsonl').read_text().splitlines()]
+    (first,) = rows('final')
+    assert first['epochs'] == 1 == len(first['curve']) and 1 < first['blocks']['bits_per_byte'] < 8 and first['window'] != first['blocks']
+    import numpy as np
+    nats = np.load(tmp_path/'work'/'final.npy')
+    for n in (1, 2, 3): np.save(tmp_path/'work'/f'final{n}.npy', nats + n/10)
+    together = rows('final,final-ensemble')[1:]
+    gain = -np.log(np.mean(np.exp([-.1*n for n in range(4)])))*len(nats)/np.log(2)/4000
+    assert [r['row'] for r in together] == ['final-ensemble'] and abs(together[0]['window']['bits_per_byte'] - first['window']['bits_per_byte'] - gain) < 1e-4

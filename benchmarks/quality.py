@@ -1,0 +1,291 @@
+"""How good a language model do two million words give?  `python benchmarks/quality.py --data FOLDER --rows NAMES [--minutes 8] [--device cuda] [--compile] [--results FILE] [--table]`
+
+Rows differ in few settings each. FOLDER holds `train.txt` and `valid.txt` of WikiText-2. A row that tunes something learns from 95 % of `train.txt` and is judged by the other 5 %, whole articles of it; a row that is `final`
+learns from all of it and reads `valid.txt` when it is done. With `--minutes`, a row takes as many epochs as fit into them, after some steps that are timed. Each row runs in a process of its own, `--jobs` of them at the same time, and keeps its weights, what
+every token cost it, and its line in the results; `ensemble` rows average the probabilities of others, and rows with `teachers` learn from them as well as from the text. Rows that stand in the results file are not run again; `--table` prints what there is.
+`--mini` rehearses everything in miniature."""
+import argparse, json, os, statistics, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+import numpy as np
+import torch
+import torch.nn.functional as F
+from continual_llm.batches import Batches
+from continual_llm.bench import machine_line
+from continual_llm.core import pick_device, pick_precision, seed_everything
+from continual_llm.data import prepare
+from continual_llm.dynamic import dynamic_nats
+from continual_llm.evaluate import ensemble_nats, score_tokens, token_nats
+from continual_llm.generate import generate
+from continual_llm.history import History
+from continual_llm.loop import LoopConfig, Parts, fit, take_step
+from continual_llm.metrics import Score
+from continual_llm.model import ContinualLLM, ModelConfig
+from continual_llm.ops import Dropout
+from continual_llm.optim import OptimConfig, make_optimizer
+from continual_llm.source import Source
+from continual_llm.split import prepare_split
+from continual_llm.tokenizer import Tokenizer, train_tokenizer
+from continual_llm.train import Compiled, machine
+
+
+@dataclass(frozen=True)
+class Row:
+    "One way to learn from a small text"
+    vocab:int=8000           # pieces
+    d_model:int=512
+    n_layers:int=8
+    n_heads:int=8
+    n_kv_heads:int=8
+    d_ff:int=1536
+    seq_len:int=512          # tokens of a block
+    qk_norm:bool=True        # norm of queries and keys (Henry et al. 2020)
+    tie_embeddings:bool=True
+    dropout:float=.2         # of embeddings and of what each part adds (Srivastava et al. 2014)
+    attn_dropout:float=0.    # of attention weights
+    word_drop:float=.1       # pieces whose embedding is zero for a whole batch (Gal and Ghahramani 2016; Merity et al. 2018)
+    layer_drop:float=0.      # parts left out, drawn for each block of text (Huang et al. 2016)
+    replace:float=0.         # input tokens replaced by others of the same batch (Xie et al. 2017)
+    smoothing:float=0.       # of the target that all pieces share (Szegedy et al. 2016)
+    ema:float=0.             # the model that is judged is a running mean of the weights that keeps this share at each step
+    optimizer:str='muon'
+    rate:float=5e-3          # at its peak
+    decay:float=.5           # decoupled weight decay
+    floor:float=0.           # where the descent of the rate ends, as a share of its peak
+    epochs:int=24
+    batch:int=32             # blocks of a step
+    seed:int=0
+    teachers:tuple=()        # rows whose mean of probabilities is learned from as well (Hinton et al. 2015)
+    taught:float=.5          # the share of the target that is theirs
+    ensemble:tuple=()        # rows that answer as one; nothing is trained
+    final:bool=False         # learn from all of the training text, and be judged on `valid.txt`
+
+    @property
+    def shape(self):
+        "The model's"
+        mine = asdict(self)
+        return ModelConfig(vocab_size=self.vocab, max_seq_len=self.seq_len, **{f.name: mine[f.name] for f in fields(ModelConfig) if f.name in mine})
+
+
+SMALL = Row(d_model=256, n_layers=6, n_heads=8, n_kv_heads=2, d_ff=768, seq_len=256, dropout=.1, decay=3., epochs=30)  # about the preset
+MINI = dict(vocab=500, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=48, seq_len=32, batch=4, epochs=1)
+
+ROWS = {'base': Row(attn_dropout=.1), 'wd-1.5': Row(attn_dropout=.1, decay=1.5), 'wd-3': Row(attn_dropout=.1, decay=3.), 'dropout-.35': Row(attn_dropout=.1, dropout=.35), 'dropout-0': Row(dropout=0.), 'attention-0': Row(),
+        'wide': Row(d_model=768, n_heads=12, n_kv_heads=12, d_ff=2304), 'word-0': Row(word_drop=0.), 'layer-.1': Row(layer_drop=.1), 'replace-.1': Row(replace=.1), 'smoothing-.1': Row(smoothing=.1), 'ema': Row(ema=.999), 'vocab-4k': Row(vocab=4000),
+        'small': SMALL, **{f'small-wd-{d:g}': replace(SMALL, decay=d) for d in (.1, .5, 1.5, 6.)}, **{f'small-dropout-{p:g}': replace(SMALL, dropout=p) for p in (0., .2)},
+        **{f'small-{name}': replace(SMALL, **change) for name, change in {'word-0': dict(word_drop=0.), 'layer-.1': dict(layer_drop=.1), 'replace-.1': dict(replace=.1), 'smoothing-.1': dict(smoothing=.1), 'ema': dict(ema=.999), 'vocab-4k': dict(vocab=4000),
+           'rate-1e-2': dict(rate=1e-2, decay=1.5), 'T-512': dict(seq_len=512, batch=16), 'attention-.1': dict(attn_dropout=.1), 'no-qk-norm': dict(qk_norm=False), 'adamw': dict(optimizer='adamw', rate=1e-3)}.items()},
+        **{f'final{n or ""}': Row(decay=2.5, dropout=.25, final=True, seed=n) for n in range(4)}, 'final-ensemble': Row(ensemble=('final', 'final1', 'final2', 'final3'), final=True),
+        'final-distilled': Row(decay=2.5, dropout=.25, final=True, teachers=('final', 'final1', 'final2', 'final3'))}
+
+
+# ---- the model and its optimizer ----
+
+class LayerDrop(Dropout):
+    "Dropout; and for some texts, all of what a part adds"
+    def __init__(self, p, layer):
+        super().__init__(p)
+        self.layer = layer
+
+    def forward(self, x):
+        x = super().forward(x)
+        if not self.training or not self.layer: return x
+        return x*((torch.rand(len(x), 1, 1, device=x.device) >= self.layer).to(x.dtype)/(1-self.layer))
+
+
+class Student(ContinualLLM):
+    "A model with more ways to make learning by heart harder; without training, the plain one"
+    def __init__(self, row, teachers=()):
+        super().__init__(row.shape)
+        self.row, self.teachers = row, list(teachers)  # a list is no part of the model, so its weights are not trained
+        for b in self.blocks: b.drop = LayerDrop(row.dropout, row.layer_drop)
+
+    def hidden(self, ids, cache=None):
+        if not self.training: return super().hidden(ids, cache)
+        if p := self.row.replace:
+            others = ids.flatten()[torch.randint(ids.numel(), ids.shape, device=ids.device)]
+            ids = torch.where(torch.rand(ids.shape, device=ids.device) < p, others, ids)
+        x, T = self.embed(ids), ids.shape[1]
+        if p := self.row.word_drop: x = x*((torch.rand(self.row.vocab, device=x.device) >= p).to(x.dtype)/(1-p))[ids][..., None]
+        x = self.drop(x)
+        for b in self.blocks: x = b(x, self.cos[:T], self.sin[:T])
+        return self.norm(x)
+
+    def forward(self, ids, cache=None, targets=None, reduction='mean'):
+        if not self.training or targets is None: return super().forward(ids, cache, targets, reduction)
+        scores = self.logits(self.hidden(ids)).flatten(0, 1).float()
+        loss = F.cross_entropy(scores, targets.flatten(), reduction=reduction, label_smoothing=self.row.smoothing)
+        if not self.teachers: return loss
+        with torch.no_grad(): expected = sum(t(ids).flatten(0, 1).float().softmax(1) for t in self.teachers)/len(self.teachers)
+        return (1-self.row.taught)*loss + self.row.taught*F.cross_entropy(scores, expected, reduction=reduction)
+
+
+class Averaged:
+    "An optimizer that keeps a running mean of the weights"
+    def __init__(self, opt, model, keep):
+        self.opt, self.keep, self.steps = opt, keep, 0
+        self.now = list(model.parameters())
+        self.mean = [p.detach().clone() for p in self.now] if keep else []
+
+    def step(self):
+        self.opt.step()
+        self.steps += 1
+        if self.keep: torch._foreach_lerp_(self.mean, [p.detach() for p in self.now], max(1-self.keep, 1/(self.steps+1)))  # the first weights are soon forgotten
+
+    @torch.no_grad()
+    def swap(self):
+        "The mean becomes the model, and the other way round"
+        for p, m in zip(self.now, self.mean):
+            old = p.clone()
+            p.copy_(m), m.copy_(old)
+
+    def __getattr__(self, name): return getattr(self.opt, name)
+
+
+# ---- one row ----
+
+def texts(a, row):
+    "What is learned from and what is judged by, and the tokenizer"
+    folder, cache = a.work/f'tok{row.vocab}', a.work/'cache'
+    tok, (train, valid) = Tokenizer.load(folder), [Source.of(str(a.data/f'{name}.txt')) for name in ('train', 'valid')]
+    if row.final: return tok, prepare(train, tok, cache), prepare(valid, tok, cache)
+    return tok, *prepare_split(train, tok, .05, 0, cache)[:2]
+
+
+def kept(a, name, device):
+    "The model of a row that was run"
+    saved = torch.load(a.work/f'{name}.pt', weights_only=True)
+    model = ContinualLLM(ModelConfig(**saved['config'])).to(device)
+    model.load_state_dict(saved['weights'])
+    return model.eval()
+
+
+def optimizer(row, model): return Averaged(make_optimizer(model, OptimConfig(row.optimizer, row.decay)), model, row.ema)
+
+
+def fitting(a, row, model, opt, parts, loop):
+    "As many epochs as fit into the time, by some steps that are taken back"
+    for step in range(12):
+        if step == 6: begun = time.perf_counter()
+        take_step(model, opt, parts, loop, step)  # reads its loss, so the device is waited for
+    epoch = (time.perf_counter() - begun)/6*loop.steps_per_epoch
+    seed_everything(row.seed, 'weights')
+    model.init_weights()
+    return max(1, int(60*a.minutes/(1.05*epoch)))  # an evaluation is a twentieth
+
+
+def learned(a, row, tok, train, val, device, precision):
+    "A trained model, its history, and how often the text was read"
+    seed_everything(row.seed, 'weights')
+    model = Student(row, [kept(a, t, device) for t in row.teachers]).to(device).train()
+    opt, batches = optimizer(row, model), Batches(train.ids, row.seq_len, row.batch, 1, row.seed, tok.bos_id).on(device)
+    net = Compiled(model, batches, device.type == 'cuda') if a.compile else lambda x, y: model(x, targets=y, reduction='sum')
+    def loss_fn(model, micro):
+        x, y = [t.to(device) for t in micro]
+        return net(x, y), y.numel()
+    def evaluate(poll):
+        opt.swap()
+        try: return score_tokens(model, val, tok, batch_size=row.batch, precision=precision)
+        finally: opt.swap()
+    parts, history = Parts(batches, loss_fn, evaluate, lambda *_: {}), History()
+    loop = LoopConfig(batches.steps_per_epoch, row.epochs, row.rate, 0, row.floor, early_stopping_patience=0, precision=precision, device=str(device), seed=row.seed)
+    with machine(False, None, precision == 'bf16' and device.type == 'cuda'):
+        if a.minutes: loop, opt = replace(loop, epochs=fitting(a, row, model, opt, parts, loop)), optimizer(row, model)
+        fit(model, opt, parts, replace(loop, warmup_steps=loop.total//20), history)
+    opt.swap()
+    return model.eval(), history, loop.epochs
+
+
+def result(score): return dict(bits_per_byte=score.bits_per_byte, word_perplexity=score.word_perplexity, token_perplexity=score.perplexity)
+
+
+def one(a, name):
+    "Run a row here and keep what it gave"
+    row, device, begun = chosen(a, name), pick_device(a.device), time.perf_counter()
+    tok, train, val = texts(a, row)
+    precision = pick_precision('auto', device)
+    def scored(nats): return result(Score(float(nats.sum()), len(nats), val.n_words, val.n_bytes))
+    def keep(**facts): write(a, dict(row=name, settings=asdict(row), machine=machine_line(device), **facts))
+    if row.ensemble: return keep(window=scored(ensemble_nats([torch.from_numpy(np.load(a.work/f'{n}.npy')).double() for n in row.ensemble])))
+    model, history, epochs = learned(a, row, tok, train, val, device, precision)
+    seconds = time.perf_counter() - begun
+    torch.save(dict(config=row.shape.to_dict(), weights=model.state_dict()), a.work/f'{name}.pt')
+    nats = token_nats(model, val.ids, stride=row.seq_len//8, batch_size=row.batch, bos_id=tok.bos_id, precision=precision)
+    np.save(a.work/f'{name}.npy', nats.float().numpy())
+    evals, steps = history.rows('eval'), history.rows('step')
+    facts = dict(parameters=model.n_params(), epochs=epochs, blocks={k: evals[-1][k] for k in ('bits_per_byte', 'word_perplexity', 'perplexity')}, window=scored(nats), best_epoch=min(evals, key=lambda r: r['loss'])['epoch'], train_loss=evals[-1]['train_loss'],
+                 curve=[round(r['bits_per_byte'], 4) for r in evals], train_curve=[round(r['train_loss'], 3) for r in evals], seconds=round(seconds, 1), tokens_per_second=round(statistics.median(s['tokens_per_second'] for s in steps[len(steps)//2:])))
+    if a.dynamic: facts['dynamic'] = {str(rate): scored(dynamic_nats(model, val.ids, rate=rate, bos_id=tok.bos_id, precision=precision)) for rate in a.dynamic}
+    if a.samples: facts['samples'] = generate(model, tok, ['']*a.samples, max_tokens=60, temperature=.8, top_p=.95, seed=1)
+    keep(**facts)
+
+
+# ---- all of them ----
+
+def chosen(a, name): return replace(ROWS[name], **MINI) if a.mini else ROWS[name]
+
+
+def read(path): return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write(a, row):
+    "Another line of the results"
+    with open(a.results, 'a') as f: f.write(json.dumps(row) + '\n')
+    print(table([row]).splitlines()[-1], flush=True)
+
+
+def table(rows):
+    "Rows as Markdown"
+    lines = ['| row | on | parameters | epochs | bits per byte, blocks | sliding window | words, blocks | sliding window | tokens, blocks | dynamic, words | training loss | seconds | tokens/s |', '|---'*13 + '|']
+    for r in rows:
+        b, w = r.get('blocks', {}), r['window']
+        best = min((d['word_perplexity'] for d in r.get('dynamic', {}).values()), default=None)
+        cells = [f"{b['bits_per_byte']:.4f}" if b else '', f"{w['bits_per_byte']:.4f}", f"{b['word_perplexity']:.2f}" if b else '', f"{w['word_perplexity']:.2f}", f"{b['perplexity']:.2f}" if b else '', f'{best:.2f}' if best else '']
+        facts = [f"{r['train_loss']:.3f}", f"{r['seconds']:,.0f}", f"{r['tokens_per_second']:,}"] if b else ['']*3
+        lines.append(f"| {r['row']} | {'valid' if r['settings']['final'] else 'split'} | {r.get('parameters', 0)/1e6:.1f} M | {r.get('epochs', '')} | {' | '.join(cells + facts)} |")
+    return '\n'.join(lines)
+
+
+def study(a):
+    "Run the rows that are missing, each in a process of its own"
+    names = [n for n in a.rows.split(',') if n not in {r['row'] for r in read(a.results)}]
+    for vocab in {chosen(a, n).vocab for n in names}:
+        if not (a.work/f'tok{vocab}').exists(): train_tokenizer(str(a.data/'train.txt'), vocab_size=vocab, save=a.work/f'tok{vocab}')
+    env = dict(os.environ, **{} if a.device.startswith('cuda') else dict(OMP_NUM_THREADS=str(max(1, os.cpu_count()//a.jobs))))
+    def run(name):
+        done = subprocess.run([sys.executable, __file__, *a.argv, '--one', name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        print(done.stdout.strip() or f'{name} failed: {done.stderr[-2000:]}', flush=True)
+        return done.returncode
+    waits = [n for n in names if chosen(a, n).teachers or chosen(a, n).ensemble]  # for the others
+    with ThreadPoolExecutor(a.jobs) as pool: codes = list(pool.map(run, [n for n in names if n not in waits]))
+    return any(codes + [run(n) for n in waits])
+
+
+def main():
+    "Run what is missing; print the table"
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--data', type=Path, help='folder with `train.txt` and `valid.txt`')
+    p.add_argument('--rows', default='small', help=f"which, with commas between them: {', '.join(ROWS)}")
+    p.add_argument('--minutes', type=float, default=0., help='of training for each row (default: the epochs of the row)')
+    p.add_argument('--device', default='auto')
+    p.add_argument('--compile', action='store_true')
+    p.add_argument('--dynamic', type=float, nargs='*', default=[], help='rates of dynamic evaluation to try')
+    p.add_argument('--samples', type=int, default=0, help='texts to write')
+    p.add_argument('--jobs', type=int, default=1, help='rows at the same time')
+    p.add_argument('--work', type=Path, default=Path('checkpoints/quality'), help='where tokenizers and weights are kept')
+    p.add_argument('--results', type=Path, help='one line of JSON per row (default: in the work folder)')
+    p.add_argument('--mini', action='store_true', help='everything in miniature')
+    p.add_argument('--table', action='store_true', help='print the table of what there is, and run nothing')
+    p.add_argument('--one', help=argparse.SUPPRESS)
+    a = p.parse_args()
+    a.argv = sys.argv[1:]
+    a.work.mkdir(parents=True, exist_ok=True)
+    a.results = a.results or a.work/'results.jsonl'
+    if a.one: return one(a, a.one)
+    failed = not a.table and study(a)
+    print(table(read(a.results)))
+    raise SystemExit(failed)
+
+
+if __name__ == '__main__': main()
