@@ -70,15 +70,16 @@ _TIPS = [(r*math.sin(k*math.pi/5), -r*math.cos(k*math.pi/5)) for k in range(10) 
 STAR = f'm{_TIPS[0][0]:.1f} {_TIPS[0][1]:.1f}' + ''.join(f'l{b[0]-a[0]:.1f} {b[1]-a[1]:.1f}' for a, b in zip(_TIPS, _TIPS[1:])) + 'z'
 
 # %% ../nbs/06b_sketch.ipynb #1b5246f1
-TOP, BOTTOM = 30, 258 # of the axes, in pixels
+TOP, BOTTOM, DIGIT = 30, 258, 7.2 # of the axes; width of a digit; all in pixels
 
 def _axes(across, up, left, right, name):
     "Grid, numbers and names"
     thin, middle, end = 'stroke="currentColor" stroke-width=".5" stroke-opacity=".25"', 'text-anchor="middle"', 'text-anchor="end"'
     grid = [f'<path d="M{left} {up(v):.1f}H{right}" {thin}/>' for v in up.ticks(7)] + [f'<path d="M{across(v):.1f} {TOP}V{BOTTOM}" {thin}/>' for v in across.ticks()]
-    numbers = [_text(left - 6, up(v) + 4, f'{v:,g}', end) for v in up.ticks(7)] + [_text(across(v), BOTTOM + 16, f'{v:,.0f}', middle) for v in across.ticks()]
+    said = [f'{v:,g}' for v in up.ticks(7)]
+    numbers = [_text(left - 6, up(v) + 4, text, end) for v, text in zip(up.ticks(7), said)] + [_text(across(v), BOTTOM + 16, f'{v:,.0f}', middle) for v in across.ticks()]
     frame = f'<path d="M{left} {TOP}V{BOTTOM}H{right}" fill="none" stroke="currentColor" stroke-opacity=".6"/>'
-    names = _text((left+right)/2, BOTTOM + 34, 'optimizer step', middle) + f'<text transform="translate({left - 46} {(TOP+BOTTOM)/2}) rotate(-90)" text-anchor="middle">{name}</text>'
+    names = _text((left+right)/2, BOTTOM + 34, 'optimizer step', middle) + f'<text transform="translate({left - 12 - DIGIT*max(map(len, said), default=0):.0f} {(TOP+BOTTOM)/2}) rotate(-90)" text-anchor="middle">{name}</text>'
     return ''.join(grid + numbers) + frame + names
 
 # %% ../nbs/06b_sketch.ipynb #4f5e1ccc
@@ -91,7 +92,7 @@ def _pane(pane, left, right, last):
     return _axes(across, up, left, right, pane.name) + ''.join(_curve(c, across, up) for c in pane.curves) + _text(left, TOP - 10, legend, 'font-weight="600"') + note
 
 # %% ../nbs/06b_sketch.ipynb #4ce7b0d9
-PLACES = ((60, 366), (434, 740), (806, 992)) # left and right of the three panes, in pixels
+PLACES = ((70, 362), (446, 738), (822, 992)) # left and right of the three panes, in pixels
 
 def sketch(
     history:History,
