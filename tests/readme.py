@@ -66,7 +66,7 @@ def llms():
     import yaml
     nbs = ROOT/'nbs'
     title, subtitle, _ = _front(nbs/'index.ipynb')
-    parts, left = [f'# {title}\n\n> {subtitle}\n'], sorted(p.relative_to(nbs).as_posix() for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+    parts, left = [f'# {title}\n\n> {subtitle}\n\nEach page is there as Markdown too, under its address with `.md` after it.\n'], sorted(p.relative_to(nbs).as_posix() for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
     for item in yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']:
         if isinstance(item, str): item = dict(section='Home', contents=[item])
         globs = [g['auto'] if isinstance(g, dict) else g for g in item['contents']]

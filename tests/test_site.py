@@ -194,3 +194,13 @@ def test_the_workflow_says_where_everything_is(base, tmp_path):
     quarto = yaml.safe_load((tmp_path/'_quarto.yml').read_text())
     assert quarto['website'].pop('repo-actions') == ['edit', 'source', 'issue'] and quarto['website'].pop('repo-subdir') == 'nbs'
     assert quarto == yaml.safe_load((ROOT/'_quarto.yml').read_text())  # which asks for no links to a repository that it does not know: Quarto would warn
+
+
+def test_quarto_reads_one_sidebar():
+    "nbdev writes none of its own, whose pages Quarto would add to ours; what it copies and asks for is there"
+    import yaml
+    from nbdev.config import get_config
+    assert get_config(path=ROOT).custom_sidebar
+    pointer = yaml.safe_load((ROOT/'nbs'/'_quarto.yml').read_text())
+    assert [name for name in pointer['metadata-files'] if not (ROOT/'nbs'/name).is_file()] in ([], ['nbdev.yml'])  # which nbdev writes
+    assert all((ROOT/'nbs'/name).is_file() for name in yaml.safe_load((ROOT/'_quarto.yml').read_text())['project']['resources'])
