@@ -251,7 +251,7 @@ def live_text(
     return '\n'.join([' · '.join(place + speed), *_news(history)])
 
 # %% ../nbs/07_monitor.ipynb #eb7d2f16
-SHARE = .01 # of the time that drawing may take, at most
+SHARE = .006 # of the time that drawing may take, so that less than a hundredth is sure
 
 class LiveFigure:
     "A run's curves, place, speed and newest text, redrawn in place while it goes on"
@@ -262,8 +262,8 @@ class LiveFigure:
         every:float=.4, # seconds between redraws, at least
     ):
         self.known, self.every, self.show = (total, epochs), every, show or (Redrawn() if in_notebook() else None)
-        self.first = self.stale = None
-        self.next = 0.
+        self.first = self.stale = self.begun = None
+        self.next = self.spent = 0.
 
     def __call__(self, record:dict, history:History):
         "Draw if enough time has passed, and at the end"
@@ -275,9 +275,12 @@ class LiveFigure:
 
     def redraw(self):
         "Draw now, and say when next"
-        history, self.stale, begun = self.stale, None, time.thread_time()
+        history, self.stale, begun = self.stale, None, time.monotonic()
+        self.begun = self.begun or begun
         self.show({'text/html': live_html(history, self.first, *self.known), 'text/plain': live_text(history, self.first, *self.known)}, {})
-        self.next = time.monotonic() + max(self.every, (time.thread_time() - begun)/SHARE)
+        now = time.monotonic()
+        self.spent += now - begun
+        self.next = max(now + self.every, self.begun + self.spent/SHARE)
 
     def finish(self):
         "Draw what stays"
