@@ -31,6 +31,7 @@ from .metrics import Score
 from .model import ContinualLLM, model_config
 from .monitor import banner
 from .optim import OptimConfig
+from .panel import read_actions
 from .replay import MixedBatches
 from .schedule import fit_warmup
 from .source import Source
@@ -513,6 +514,8 @@ def continual_learn(
     keep_epochs:int=0,                # newest `epoch_N` folders kept; 0 keeps all
     save_every:int=0,                 # steps between resume states; 0 saves one every few minutes
     save_dir:str|None=None,           # the stage's folder (default: the parent's name with the domain added)
+    panel:bool=False,                 # in a notebook: buttons to pause, stop, evaluate, write a sample and change the rate while it trains
+    actions:str|None=None,            # folder of a stage in which somebody did so, to do it again at the same steps; in Python also a list
     resume:bool=False,                # go on with the stage that is there, or begin it
     overwrite:bool=False,             # replace the stage that is there
     cache:str|None=None,              # folder of token files (default: the user's cache folder)
@@ -520,12 +523,15 @@ def continual_learn(
 )->'Learned':
     "Teach a pretrained model a new domain, and see to it that the old ones are not lost"
     recipe, where = Recipe(method, replay, strength, distill, rank), pick_device(device)
-    for name, value in dict(compile=compile, recompute=recompute, deterministic=deterministic, resume=resume, overwrite=overwrite, quiet=quiet, retry=retry).items(): yes_or_no(name, value)
+    for name, value in dict(compile=compile, recompute=recompute, deterministic=deterministic, resume=resume, overwrite=overwrite, quiet=quiet, retry=retry, panel=panel).items(): yes_or_no(name, value)
     for name, value in dict(eval_tokens=eval_tokens, seed=seed).items(): in_range(name, value, 0, whole=True)
     if in_range('extend', extend, 0, 100_000, whole=True) and 'lora' in recipe.parts: raise UserError(f"extend={extend}: lora leaves the old weights as they are, so new pieces would never be learned; leave one of them out")
     if retry and recipe.method in ('frozen', 'joint'): raise UserError(f"retry does nothing with method={method!r}, which has nothing gentler to try; leave it out")
     if (old_data is not None) != ('joint' in recipe.parts):
         raise UserError(f"old_data={old_data} and method={method!r} do not go together: the method joint needs the training text of all old domains, and no other does")
+    actions = read_actions(actions)
+    if panel and quiet: raise UserError("quiet shows nothing and panel shows buttons; leave one of them out")
+    if recipe.method == 'frozen' and (panel or actions): raise UserError("method='frozen' takes no step at which anything could be done; leave panel and actions out")
     limit = None if max_forgetting in (None, math.inf) else in_range('max_forgetting', max_forgetting, 0, hint='give a share, such as 0.02 for 2 %, or inf to refuse nothing')
     domain, memory, share, max_memory = domain_name(domain), memory_share(memory), validation_share(val_data, val_split), memory_bound(max_memory, where)
     parent = Parent.load(model, tokenizer)
@@ -576,7 +582,7 @@ def continual_learn(
                          domain, memory, recompute, parent, recipe, limit, retry, again=partial(make, processes=Processes(), limit=None, retry=False))  # which the first process does by itself
         stage = make(recipe, folder)
         if 'frozen' in recipe.parts: lead(processes, lambda: leave_frozen(stage, overwrite, quiet))
-        else: carry_out(stage, resume, overwrite, quiet, processes=processes)
+        else: carry_out(stage, resume, overwrite, quiet, processes=processes, actions=actions, panel=panel)
         processes.wait()
         return Learned.load(folder, device)
 

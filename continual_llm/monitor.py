@@ -227,8 +227,7 @@ def _news(history):
     "The newest evaluation and the newest text, in lines"
     evals, samples = history.rows('eval'), history.rows('sample')
     if evals: yield f"Step {evals[-1]['step']:,}: " + ', '.join(f"{name} {_ppl(evals[-1][key])}" for name, key in (('perplexity', 'perplexity'), ('per word', 'word_perplexity')) if evals[-1].get(key) is not None)
-    if text := patience_left(history): yield text
-    if samples: yield f"Sample after step {samples[-1].get('step', '?')}: {samples[-1]['text'].strip()}"
+    if samples: yield f"Sample after step {samples[-1].get('step', '?')}: " + '\n'.join(filter(str.strip, samples[-1]['text'].split('\n')))
 
 def live_html(
     history:History,
@@ -248,7 +247,7 @@ def live_text(
 )->str:
     "The same in lines of text"
     place, speed, _ = _headline(history, first, total, epochs)
-    return '\n'.join([' · '.join(place + speed), *_news(history)])
+    return '\n'.join([' · '.join(place + speed), *filter(None, [patience_left(history)]), *_news(history)])
 
 # %% ../nbs/07_monitor.ipynb #eb7d2f16
 SHARE = .006 # of the time that drawing may take, so that less than a hundredth is sure
@@ -271,7 +270,7 @@ class LiveFigure:
         if record['kind'] == 'step': self.first = self.first or record
         self.stale = history
         if record['kind'] == 'done': self.finish()
-        elif time.monotonic() >= self.next: self.redraw()
+        elif time.monotonic() >= self.next or record['kind'] == 'action': self.redraw()  # somebody waits for what was asked for
 
     def redraw(self):
         "Draw now, and say when next"

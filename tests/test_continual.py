@@ -492,6 +492,23 @@ def test_as_a_run(teach, capsys, monkeypatch):
     with pytest.raises(UserError, match='cuda'): teach(device='cuda')
 
 
+@shows(continual_learn, 'panel', 'actions')
+def test_taking_part(teach, monkeypatch):
+    "What somebody pressed while a stage trained is on its record, and another stage does it again"
+    class Hand:
+        def __init__(self, controls): self.controls = controls
+        def __call__(self, record, history):
+            if record['kind'] == 'step' and record['step'] == 1: self.controls.ask('rate', factor=.5)
+    monkeypatch.setattr('continual_llm.train.open_panel', Hand)
+    touched, plain = teach(panel=True, quiet=False, max_steps=4), teach(max_steps=4)
+    again = teach(actions=str(touched.folder), max_steps=4)
+    done = [dict(step=2, action='rate', factor=.5)]
+    assert [read_json(stage.folder/'run.json', 'run').get('actions') for stage in (touched, plain, again)] == [done, None, done]
+    assert [a['lr']/b['lr'] for a, b in zip(rows(touched, 'step'), rows(plain, 'step'))] == [1, 1, .5, .5] and again.after == touched.after != plain.after
+    with pytest.raises(UserError, match='takes no step'): teach(method='frozen', actions=done)
+    with pytest.raises(UserError, match='leave one of them out'): teach(panel=True)
+
+
 def test_every_option_is_shown():
     "A new option needs a test above that shows what it does"
     assert set(SHOWN[continual_learn]) == options(continual_learn)
