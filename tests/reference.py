@@ -80,8 +80,11 @@ def _closing(node, lines):
         if t.string == ')' and not depth: return node.lineno + t.start[0] - 1
 
 
+def _kind(annotation): return ast.unparse(annotation).replace(' | ', '|')
+
+
 def _written(arg, default, star=''):
-    text = star + arg.arg + (f':{ast.unparse(arg.annotation)}' if arg.annotation else '')
+    text = star + arg.arg + (f':{_kind(arg.annotation)}' if arg.annotation else '')
     return text + (f'={ast.unparse(default)}' if default is not None else '')
 
 
@@ -112,7 +115,7 @@ def _params(node, comments, lines, method):
         end = max(arg.end_lineno, default.end_lineno if default is not None else 0)
         comment = comments.get(end, '') if end != closing else ''
         found.append((arg.arg, _written(arg, default, star), comment or WORDS.get(arg.arg) or _of_type(arg.annotation)))
-    returns = ast.unparse(node.returns) if node.returns else ''
+    returns = _kind(node.returns) if node.returns else ''
     return found, (returns, comments.get(closing, '') if returns or closing != node.lineno else '')
 
 
@@ -145,7 +148,7 @@ def _fields(node, comments):
             said = {k.arg: k.value for k in default.keywords}
             if ast.unparse(said.get('init', ast.Constant(True))) == 'False': continue
             default = said.get('default', ast.Call(said['default_factory'], [], []) if 'default_factory' in said else None)
-        text = f'{n.target.id}:{ast.unparse(n.annotation)}' + (f'={ast.unparse(default)}' if default is not None else '')
+        text = f'{n.target.id}:{_kind(n.annotation)}' + (f'={ast.unparse(default)}' if default is not None else '')
         found.append((n.target.id, text, comments.get(n.end_lineno) or WORDS.get(n.target.id) or _of_type(n.annotation)))
     return found
 

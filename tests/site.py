@@ -299,7 +299,7 @@ def sources():
 def search_index(pages, readers):
     index = []
     for page in pages:
-        sections = [[h.strip(), a, re.sub(r'\s+', ' ', t).strip()[:300]] for h, a, t in readers[page.url].sections]
+        sections = [[h.strip(), a, re.sub(r'\s+', ' ', t).strip().removeprefix('source ')[:300]] for h, a, t in readers[page.url].sections]
         index.append([page.title, page.url, page.subtitle, [s for s in sections if s[0] and s[1]]])
     return 'PAGES = ' + json.dumps(index, ensure_ascii=False, separators=(',', ':'))
 

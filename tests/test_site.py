@@ -1,6 +1,7 @@
 "The site: nothing is wrong with it, and what would be wrong is found"
 import base64, copy, json, os, re, shutil, subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from matplotlib.image import imread
 import nbformat.v4 as v4
 import nbformat
@@ -160,7 +161,7 @@ def test_a_source_is_read():
     found = reference.read(SOURCE, 'made_up')
     assert list(found) == ['f', 'g', 'C', 'C.p', 'C.m']
     f = found['f']
-    assert f.params == [('a', 'a:int', 'tokens of a block'), ('b', 'b', 'both'), ('c', 'c=(1, 2)', 'both'), ('d', 'd:str | None=None', '')]
+    assert f.params == [('a', 'a:int', 'tokens of a block'), ('b', 'b', 'both'), ('c', 'c=(1, 2)', 'both'), ('d', 'd:str|None=None', '')]
     assert (f.returns, f.raises, f.line) == (('float', 'seconds'), [('ValueError', 'a={a} is less than 0')], 2)
     assert [p[:2] for p in found['C'].params] == [('n', 'n:int=0'), ('more', 'more:list=list()')] and found['C.p'].kind == 'property'
 
@@ -176,6 +177,16 @@ def test_an_entry_says_all_of_it():
     for part in ('### f\n', 'continual_llm/made_up.py, line 2', 'f(a, b, c=(1, 2), d=None) -> float', '`a:int`\n:   tokens of a block', '*returns*\n:   seconds', '*raises* `ValueError`\n:   a={a} is less than 0'): assert part in f
     made, warnings = site.pandoc(reference.markdown(reference.Entry('m', 'x', 'function', 1, 'Costs $5 *a* <b> [c]', [('y', 'y:int|None', 'a_b_c')])))
     assert not warnings and 'Costs $5 *a* &lt;b&gt; [c]' in made and 'a_b_c' in made and 'y:int|None' in made
+
+
+def test_pages_lead_to_the_repository_where_it_is_known(monkeypatch):
+    "Edit links and sources on the host that settings.ini names; without one, the names of the files"
+    page = site.Page('05_schedule.ipynb', 'Schedule', '', 'schedule.html')
+    entry = reference.entries('schedule')['lr_at']
+    assert 'href' not in site.edit_line(page) and 'nbs/05_schedule.ipynb' in site.edit_line(page)
+    monkeypatch.setattr('nbdev.config.get_config', lambda: SimpleNamespace(git_url='https://github.com/someone/continual_llm/', branch='main'))
+    assert 'href="https://github.dev/someone/continual_llm/blob/main/nbs/05_schedule.ipynb"' in site.edit_line(page)
+    assert f'[source](https://github.com/someone/continual_llm/blob/main/continual_llm/schedule.py#L{entry.line}){{.source}}' in reference.markdown(entry)
 
 
 @pytest.mark.parametrize('base', ['', '/continual_llm'])
