@@ -12,7 +12,7 @@ ARMS = ('none', 'live', 'live and panel')
 class Switch:
     "A view that lets others see a step only while it is their turn, and keeps what each interval between two steps took"
     def __init__(self, live, panel, block):
-        self.arms, self.block, self.steps, self.last, self.drawn = dict(zip(ARMS, ((), (live,), (live, panel)))), block, [], None, 0
+        self.live, self.arms, self.block, self.steps, self.last, self.drawn = live, dict(zip(ARMS, ((), (live,), (live, panel)))), block, [], None, 0
 
     def __call__(self, record, history):
         now, busy = time.perf_counter(), time.process_time()
@@ -22,6 +22,7 @@ class Switch:
         if self.last: self.steps.append((*self.last[:2], now - self.last[2], busy - self.last[3], self.last[4]))
         turn, n = record['step']//self.block, len(ARMS)
         arm = ARMS[(turn + turn//n) % n]  # another one begins each round
+        if arm == 'none' and self.last and self.live.begun: self.live.begun += now - self.last[2]  # time in which it may not draw is none that it may draw for
         for view in self.arms[arm]: view(record, history)
         self.last = (turn//n, arm, now, busy, time.perf_counter() - now)
 
