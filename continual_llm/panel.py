@@ -153,7 +153,7 @@ class Panel:
         if record['kind'] == 'action': self.tell(record)
         elif time.monotonic() > self.until:
             self.until = math.inf
-            if not (self.done or self.answered.is_set()): self.said.value = f"No sign yet that clicks arrive while the cell runs; where none does, {INTERRUPT}"
+            if not (self.done or self.answered.is_set()): self.said.value = f"No click was heard so far; if none arrives, {INTERRUPT}"
 
     def tell(self,
         record:dict, # of an action
