@@ -439,7 +439,7 @@ def act(
 ):
     "Repeat what is planned at this step and do what is asked for, until nothing is left and nobody holds the run"
     controls = loop.controls
-    while (found := controls.take(loop.at.step)) or controls.paused:
+    while (found := controls.take(loop.at.step, len(loop.at.detours))) or controls.paused:
         if found: carry_out_action(loop, *found)
         else: rest(loop)
 
@@ -467,7 +467,11 @@ def carry_out_action(
     match kind:
         case 'pause' if controls.paused: loop.save(due=False)  # it may be a long one
         case 'stop': raise Requested(REQUEST)
-        case 'evaluate': evaluate_now(loop)
+        case 'evaluate':
+            try: evaluate_now(loop)
+            except Interrupted:
+                loop.history.records.pop()  # nothing came of it, so whoever goes on meets it again
+                raise
         case 'sample': tell_sample(loop.history, at.step, loop.parts, action['prompt'])
         case 'rate':
             at.rate *= action['factor']

@@ -18,14 +18,15 @@ FIELDS = {'pause': (), 'go on': (), 'stop': (), 'evaluate': (), 'sample': ('prom
 REQUEST = 'request'  # why a run ended that an action stopped
 
 def check_action(
-    action:dict, # its name as `action`, its own fields, and `step` if it is planned
+    action:dict, # its name as `action`, its own fields, and `step` if it is planned; `back` too if it waits until the run has gone back so often
     *more,       # names that it must have besides
 )->dict:
     "An action held to its form"
     if not isinstance(action, dict): raise UserError(f"action={shown(action)} is not a table such as dict(step=100, action='rate', factor=0.5)")
     wanted = {'action', *more, *FIELDS[one_of('action', action.get('action'), FIELDS)]}
-    if set(action) != wanted: raise UserError(f"the action {shown(action)} should have {', '.join(sorted(wanted))} and has {', '.join(sorted(map(str, action)))}")
+    if set(action) - ({'back'} if more else set()) != wanted: raise UserError(f"the action {shown(action)} should have {', '.join(sorted(wanted))} and has {', '.join(sorted(map(str, action)))}")
     if 'step' in wanted: in_range('step', action['step'], 0, whole=True)
+    if 'back' in action: in_range('back', action['back'], 1, whole=True)
     if 'factor' in wanted: in_range('factor', action['factor'], .001, 1000)
     if 'prompt' in wanted and not isinstance(action['prompt'], str): raise UserError(f"prompt={shown(action['prompt'])} is not text")
     return dict(action)
@@ -49,11 +50,12 @@ class Controls:
         self.woken.set()
 
     def take(self,
-        step:int, # about to be taken
+        step:int,   # about to be taken
+        back:int=0, # times the run has gone back by now
     )->tuple|None: # an action with its step, and whether it was planned; None if there is nothing to do now
         "The next action"
-        if self.planned and self.planned[0]['step'] == step: return self.planned.popleft(), True
-        return (dict(step=step, **self.asked.popleft()), False) if self.asked else None
+        if self.planned and self.planned[0]['step'] == step and self.planned[0].get('back', 0) <= back: return self.planned.popleft(), True
+        return (dict(step=step, **self.asked.popleft(), **(dict(back=back) if back else {})), False) if self.asked else None
 
     def wait(self,
         seconds:float, # at most
@@ -73,8 +75,9 @@ def read_actions(
     if not path.is_file(): raise UserError(f"actions={source} holds no run; give the folder of a run, or a list of actions with their steps")
     record = read_json(path, 'run')
     made = recorded_actions(record, path)
-    stands = len(made) - 1 if record.get('status') == REQUEST else None  # the stop that the run stands at, if it does
-    return [a for i, a in enumerate(made) if a['action'] != 'stop' or i == stands]
+    at = record.get('result', {}).get('step') if record.get('status') == REQUEST else None
+    stands = max((i for i, a in enumerate(made) if a['action'] == 'stop' and a['step'] == at), default=len(made))  # the stop that the run stands at; what follows is to come
+    return [a for i, a in enumerate(made) if a['action'] != 'stop' or i >= stands]
 
 def recorded_actions(
     record:dict, # what `run.json` says
