@@ -31,7 +31,7 @@ from .metrics import Score
 from .model import ContinualLLM, model_config
 from .monitor import banner
 from .optim import OptimConfig
-from .panel import read_actions
+from .panel import read_actions, recorded_actions
 from .replay import MixedBatches
 from .schedule import fit_warmup
 from .source import Source
@@ -612,9 +612,11 @@ def _extended(parent, source, n_pieces, field, folder, processes, say):
     return new
 
 def _last_rate(parent):
-    "The learning rate with which the parent ended: at its peak, where it is the state before the descent"
-    was = parent.record['settings']
-    return was.get('learning_rate', 0.)*(1. if parent.path.parent.name == 'branch' else was.get('floor', 0.))
+    "The learning rate with which the parent ended, as somebody changed it meanwhile: at its peak, where it is the state before the descent"
+    was, branch = parent.record['settings'], parent.path.parent.name == 'branch'
+    until = parent.checkpoint['step'] if branch else math.inf
+    factors = [a['factor'] for a in recorded_actions(parent.record, parent.folder/'run.json') if a['action'] == 'rate' and a['step'] < until]
+    return was.get('learning_rate', 0.)*(1. if branch else was.get('floor', 0.))*math.prod(factors)
 
 def _batch(parent, batch_size, grad_accumulation):
     "Blocks through the model at once, and blocks of a step; what is not given is the parent's"

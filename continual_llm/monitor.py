@@ -121,7 +121,7 @@ class Console:
             case 'step': self.move(record)
             case 'eval': self.say('\n' + eval_lines(record, self.epochs, _unit(history)))
             case 'checkpoint': self.say(f"  Checkpoint saved to {record['path']}")
-            case 'sample': self.say('  Sample: ' + record['text'].strip().replace('\n', '\n    '))
+            case 'sample': self.say('  Sample: ' + '\n    '.join(filter(str.strip, record['text'].strip().split('\n'))))
             case 'note': self.say(record['text'])
             case 'done': self.close(); self.say('\n' + done_lines(record, history))
 

@@ -221,7 +221,10 @@ def _line(ax, c, style):
     ax.plot([x for _, x in low], [y for y, _ in low], color=c.colour, marker='*', ms=12, ls='', mec='white', zorder=5)
 
 # %% ../nbs/18_runs.ipynb #0c550946
-def _cell(value): return '' if value is None else f'{value:g}' if isinstance(value, float) and abs(value) < 1 else str(value)
+def _cell(value):
+    "A value as it is read"
+    if not isinstance(value, float): return '' if value is None else str(value)
+    return f'{value:g}' if abs(value) < 1 else f'{value:,.1f}' if abs(value) >= 1000 else str(value)
 
 def _as_text(rows):
     "A table in letters of one width"
