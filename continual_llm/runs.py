@@ -89,8 +89,8 @@ class SavedRun:
     def refresh(self)->'SavedRun':
         "Read the folder again"
         self.record, log = read_record(self.folder), self.folder/'metrics.jsonl'
-        just_begun = self.record.get('status') == 'running' and not log.exists()
-        self.history = History.from_state(dict(records=[] if just_begun else read_log(log)))
+        stepless = not (self.record.get('result') or {}).get('step') and not log.exists()  # begun, failed or frozen without a step
+        self.history = History.from_state(dict(records=[] if stepless else read_log(log)))
         self.__dict__.pop('_loaded', None)
         return self
 
@@ -125,7 +125,7 @@ def find_runs(
 )->list:   # of `SavedRun`
     "The runs that are meant"
     if isinstance(where, (list, tuple)): found = [r for w in where for r in find_runs(w)]
-    elif isinstance(where, (str, os.PathLike)) and glob.has_magic(str(where)):
+    elif isinstance(where, (str, os.PathLike)) and glob.has_magic(str(where)) and not Path(where).is_dir():
         found = [load_run(p) for p in sorted(glob.glob(os.path.expanduser(str(where)))) if (Path(p)/'run.json').is_file()]
     else: found = [load_run(where)]
     if not found: raise UserError(f"{where if where else 'an empty list'} matches no run; give a pattern such as 'checkpoints/*', or folders of runs")
@@ -175,7 +175,7 @@ class RunComparison:
     @property
     def rows(self)->list:
         "A dictionary for each run: its name, the settings that differ, and its best figures"
-        unlike = differing([r.settings for r in self.runs])
+        unlike = differing([{**r.settings, **_changed(r)} for r in self.runs])
         return [dict(run=name, **{k: _brief(k, v[n]) for k, v in unlike.items()}, **_figures(run)) for n, (name, run) in enumerate(zip(self.names, self.runs))]
 
     def plot(self):
@@ -202,6 +202,11 @@ class RunComparison:
         return f'<img alt="{escape(self.in_words())}" src="data:image/png;base64,{png}" style="max-width:100%">' + _as_html(self.rows)
 
 # %% ../nbs/18_runs.ipynb #1c19baa4
+def _changed(run):
+    "What somebody did to the learning rate of a run, as one more setting"
+    done = [f"x{a['factor']:g} at step {a['step']}" for a in run.history.rows('action') if a['action'] == 'rate']
+    return dict(rate_changed=', '.join(done)) if done else {}
+
 def _brief(name, value):
     "A setting as a table shows it"
     return str(value)[:8] if re.fullmatch('[0-9a-f]{16,}', str(value)) else value
@@ -252,4 +257,6 @@ def compare_runs(
     runs = list({os.path.realpath(r.folder): r for r in find_runs(where)}.values())
     if measure in ('loss', 'perplexity') and 'tokenizer_hash' in differing([r.settings for r in runs]):
         raise UserError(f"measure={measure} counts in tokens, and these runs have different tokenizers; compare them by bits_per_byte or word_perplexity")
+    uncounted = [str(r.folder) for r in runs if over == 'tokens' and any('seen' not in e for e in r.history.rows('eval'))]
+    if uncounted: raise UserError(f"{uncounted[0]} does not say after how many tokens it was evaluated, since an older version trained it; compare over='step'")
     return RunComparison(runs, measure, over)

@@ -52,7 +52,7 @@ class Scale:
         n:int=5, # about how many
     )->list:
         "Round numbers between its ends"
-        return ticks(*[10**x if self.log else x for x in (self.a, self.b)], n, self.log)
+        return ticks(*[10.**min(max(x, -300), 300) if self.log else x for x in (self.a, self.b)], n, self.log)
 
 # %% ../nbs/06b_sketch.ipynb #709f3bd2
 STROKE = dict(line='stroke-width="1.6"', faint='stroke-width="1" stroke-opacity=".45"', dots='stroke-width="1.6"')

@@ -392,6 +392,7 @@ def carry_out(
     panel:bool=False,     # show buttons in a notebook?
 )->Run:
     "Train a job from its beginning, or from where it was left"
+    if panel and processes.world > 1: raise UserError(f"panel=True is for one process, and there are {processes.world}; leave it out")
     say = print if not quiet and processes.first else lambda *a: None
     with contextlib.ExitStack() as stack:
         store = lead(processes, lambda: _open(job, stack))
@@ -424,7 +425,7 @@ def _gone_on(job, actions):
     "The record of a run that goes on, with what it began to repeat"
     record = job.go_on()
     rest = iter(recorded_actions(record, job.folder/'run.json'))
-    if not all(a in rest for a in actions): raise UserError(f"the run in {job.folder} did not begin with these actions; resume with the same ones or none, or begin another run with another --save_dir")
+    if not all(a in record.get('missed', ()) or a in rest for a in actions): raise UserError(f"the run in {job.folder} did not begin with these actions; resume with the same ones or none, or begin another run with another --save_dir")
     return record
 
 class ActionLog:
@@ -494,6 +495,14 @@ def _in_company(parts, model, processes):
     from continual_llm.sharded import in_company, in_step
     return in_step(parts, model, processes), in_company()
 
+def _leave_out(controls, history, record, at):
+    "Planned actions whose step never came: said, and kept apart from what was done"
+    late = list(controls.planned)
+    if not late: return
+    record['actions'], record['missed'] = [a for a in record['actions'] if a not in late], late
+    names = ', '.join(f"{a['action']} at step {a['step']}" for a in late)
+    history.add('note', step=at.step, text=f"Never done, since the run did not come to it in this order: {names}")
+
 def _train(job, store, record, state, quiet, say, views, processes, panel):
     "The run itself, inside its lock and settings"
     loop = job.loop
@@ -513,6 +522,7 @@ def _train(job, store, record, state, quiet, say, views, processes, panel):
     parts, company = _in_company(parts, model, processes)
     try:
         with compiling(), company: at = fit(model, opt, parts, loop, history, store, state, processes, controls)
+        if at.stopped in ('', 'early stopping'): _leave_out(controls, history, record, at)
         return _finish(job, store, record, model, history, at, say, processes)
     finally: history.close()
 

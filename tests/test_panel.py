@@ -6,12 +6,13 @@ import torch
 from continual_llm.archive import load_object
 from continual_llm.checkpoint import Checkpoints
 from continual_llm.core import UserError, read_json, write_json
+from continual_llm.distributed import Processes
 from continual_llm.generate import load_model
 from continual_llm.history import History
 from continual_llm.loop import LoopConfig
 from continual_llm.panel import Controls, read_actions
 from continual_llm.tokenizer import train_tokenizer
-from continual_llm.train import pretrain
+from continual_llm.train import carry_out, pretrain
 
 LINES = [f'the {a} sat on the {b} and saw the {a} .\n\n' for a in 'cat horse hen fox owl'.split() for b in 'mat log hillside road'.split()]*4
 SHAPE = dict(d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=32, max_seq_len=16, dropout=.1)
@@ -106,6 +107,21 @@ def test_what_was_asked_for_stays_the_same(asked, tmp_path):
     pretrain(**place, actions=plan)
     with pytest.raises(UserError, match='did not begin with these actions'): pretrain(**place, resume=True, actions=[dict(step=3, action='rate', factor=4.)])
     assert pretrain(**place, resume=True, actions=plan).history.column('step', 'lr')[3] == 2*LoopConfig(30, 3, .01, 0, max_steps=4).lr(3)
+
+
+def test_an_action_whose_step_never_comes_is_said(touched, asked, tmp_path, capsys):
+    "It is no part of what was done, and the same command goes on with a run that is complete"
+    place = dict(asked, max_steps=4, save_dir=str(tmp_path/'run'))
+    plan = [dict(step=2, action='evaluate'), dict(step=50, action='rate', factor=.5)]
+    run = pretrain(**place, actions=plan)
+    record = read_json(run.folder/'run.json', 'run')
+    assert 'Never done, since the run did not come to it in this order: rate at step 50' in capsys.readouterr().out
+    assert record['actions'] == plan[:1] and record['missed'] == plan[1:] and run.history.rows('note')[-1]['step'] == 4
+    assert pretrain(**place, actions=plan, resume=True).stopped == ''
+
+
+def test_a_panel_is_for_one_process():
+    with pytest.raises(UserError, match='panel=True is for one process, and there are 2'): carry_out(None, panel=True, processes=Processes(0, 2))
 
 
 def test_refusals(asked, tmp_path):
