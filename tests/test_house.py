@@ -74,6 +74,7 @@ def test_pages_are_pages(page):
     outputs = [o for c in nb['cells'] for o in c.get('outputs', [])]
     assert outputs and not any(o['output_type'] == 'error' for o in outputs)
     assert page.stat().st_size < 200_000
+    assert 'widgets' not in json.loads(page.read_text())['metadata']  # the state of buttons that are gone
 
 
 @pytest.mark.parametrize('page', sorted((ROOT/'nbs').rglob('*.ipynb')), ids=lambda p: p.stem)
