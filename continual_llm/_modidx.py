@@ -1344,6 +1344,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'continual_llm.train._begun': ('train.html#_begun', 'continual_llm/train.py'),
                                      'continual_llm.train._best': ('train.html#_best', 'continual_llm/train.py'),
                                      'continual_llm.train._describe': ('train.html#_describe', 'continual_llm/train.py'),
+                                     'continual_llm.train._done': ('train.html#_done', 'continual_llm/train.py'),
                                      'continual_llm.train._finish': ('train.html#_finish', 'continual_llm/train.py'),
                                      'continual_llm.train._gathered': ('train.html#_gathered', 'continual_llm/train.py'),
                                      'continual_llm.train._gone_on': ('train.html#_gone_on', 'continual_llm/train.py'),

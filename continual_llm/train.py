@@ -495,6 +495,12 @@ def _in_company(parts, model, processes):
     from continual_llm.sharded import in_company, in_step
     return in_step(parts, model, processes), in_company()
 
+def _done(state):
+    "Actions that a resume state comes after; a history that is none is refused where the whole state is taken up"
+    history = state.get('history') if state else None
+    records = history.get('records') if isinstance(history, dict) else None
+    return sum(isinstance(r, dict) and r.get('kind') == 'action' for r in records) if isinstance(records, list) else 0
+
 def _leave_out(controls, history, record, at):
     "Planned actions whose step never came: said, and kept apart from what was done"
     late = list(controls.planned)
@@ -511,8 +517,7 @@ def _train(job, store, record, state, quiet, say, views, processes, panel):
     model = _placed(model, processes, loop.device)
     _describe(job.shape, model.n_params(), say)
     say(f"\nTotal training steps: {loop.total}\nLearning rate schedule: warmup {loop.warmup_steps} steps, then {_COURSES[loop.schedule]}\n\nStarting training...")
-    done = sum(r['kind'] == 'action' for r in state['history']['records']) if state else 0
-    controls = Controls(recorded_actions(record, job.folder/'run.json')[done:])  # a state from before an action meets it again
+    controls = Controls(recorded_actions(record, job.folder/'run.json')[_done(state):])  # a state from before an action meets it again
     history = _history(job, state, quiet, views, processes)
     if processes.first: history.views.append(ActionLog(job, record, controls))
     if panel and processes.first and (buttons := open_panel(controls)): history.views.append(buttons)

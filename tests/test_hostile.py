@@ -476,6 +476,8 @@ def child(home, *groups):
     os.chdir(home)
     watch = Watch(home, 3 << 30)
     for f in ('generate', '--max_tokens', 1), ('evaluate', '--data', 'text.txt', '--cache', 'cache'): watch.command(f[0], '--model', 'run', *f[1:])  # all is imported
+    from continual_llm.monitor import memory_used
+    memory_used()  # what it asks the system with, too
     for group in groups: globals()[f'{group}_cases'](watch, home)
     import resource
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
