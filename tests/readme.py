@@ -4,6 +4,7 @@
 """
 import base64, fnmatch, json, re
 from pathlib import Path
+from tests.site import directives
 
 ROOT = Path(__file__).parent.parent
 PICTURES = 'index_files/figure-commonmark'
@@ -20,16 +21,8 @@ def _output(o, name, pictures):
     return '\n'.join('    ' + line for line in text.split('\n')) if text else ''
 
 
-def _directives(source):
-    "The `#|` lines of a cell as a dictionary, and the rest of it"
-    lines = source.split('\n')
-    n = next((i for i, line in enumerate(lines) if not line.startswith('#|')), len(lines))
-    found = dict((m[1], (m[2] or '').strip(' "')) for line in lines[:n] if (m := re.match(r'#\|\s*([\w-]+):?\s*(.*)', line)))
-    return found, '\n'.join(lines[n:]).strip('\n')
-
-
 def _code(cell, n, pictures):
-    said, source = _directives(''.join(cell['source']))
+    said, source = directives(''.join(cell['source']))
     if 'hide' in said or not source: return []
     parts = [f'``` python\n{source}\n```']
     for i, o in enumerate(cell['outputs']):
