@@ -149,7 +149,7 @@ def test_two_machines_and_a_worker_that_is_killed(home):
         finally:
             for a in agents: a.terminate()
     assert [a.returncode for a in agents] == [0, 0], said
-    assert 'another process of this run is gone' in ''.join(said) and 'Resuming from' in ''.join(said)
+    assert 'exitcode: -9' in ''.join(said) and 'Resuming from' in ''.join(said)  # the other worker is ended by its agent, often before it can say that a partner is gone
     assert not run_difference(home/'two', home/'nodes')
 
 
