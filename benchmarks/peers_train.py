@@ -77,7 +77,7 @@ def hf_model(shape):
     library = version('transformers')
     from transformers import LlamaConfig, LlamaForCausalLM
     config = LlamaConfig(vocab_size=shape.vocab_size, hidden_size=shape.d_model, intermediate_size=shape.d_ff, num_hidden_layers=shape.n_layers, num_attention_heads=shape.n_heads,
-                         num_key_value_heads=shape.n_kv_heads, max_position_embeddings=shape.max_seq_len, rms_norm_eps=shape.norm_eps, rope_theta=shape.rope_theta, tie_word_embeddings=True)
+                         num_key_value_heads=shape.n_kv_heads, max_position_embeddings=shape.max_seq_len, rms_norm_eps=shape.norm_eps, rope_theta=shape.rope_theta, attention_dropout=shape.attn_dropout, tie_word_embeddings=True)
     return LlamaForCausalLM(config), library
 
 
@@ -88,12 +88,18 @@ def hf(shape, blocks, fused, precision, compiled=False):
     return task(shape, blocks, stepping(net, loss, adamw(model, True), precision), model, precision, library)
 
 
+def litgpt_config(shape):
+    "The same shape for litgpt"
+    from litgpt import Config
+    return Config(block_size=shape.max_seq_len, n_layer=shape.n_layers, n_embd=shape.d_model, vocab_size=shape.vocab_size, padded_vocab_size=shape.vocab_size, n_head=shape.n_heads, n_query_groups=shape.n_kv_heads,
+                  norm_class_name='RMSNorm', norm_eps=shape.norm_eps, rotary_percentage=1., parallel_residual=False, bias=False, mlp_class_name='LLaMAMLP', intermediate_size=shape.d_ff)
+
+
 def litgpt_model(shape):
-    "The same shape in litgpt"
+    "A fresh model of it, its tables of pieces tied"
     library = version('litgpt')
-    from litgpt import GPT, Config
-    model = GPT(Config(block_size=shape.max_seq_len, n_layer=shape.n_layers, n_embd=shape.d_model, vocab_size=shape.vocab_size, padded_vocab_size=shape.vocab_size, n_head=shape.n_heads, n_query_groups=shape.n_kv_heads,
-                       norm_class_name='RMSNorm', norm_eps=shape.norm_eps, rotary_percentage=1., parallel_residual=False, bias=False, mlp_class_name='LLaMAMLP', intermediate_size=shape.d_ff))
+    from litgpt import GPT
+    model = GPT(litgpt_config(shape))
     model.apply(model._init_weights)
     model.transformer.wte.weight = model.lm_head.weight
     return model, library

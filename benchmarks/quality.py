@@ -1,7 +1,7 @@
 """How good a language model do two million words give?  `python benchmarks/quality.py --data FOLDER --rows NAMES [--minutes 8] [--device cuda] [--compile] [--results FILE] [--table]`
 
 Rows differ in few settings each. FOLDER holds `train.txt` and `valid.txt` of WikiText-2. A row that tunes something learns from 95 % of `train.txt` and is judged by the other 5 %, whole articles of it; a row that is `final`
-learns from all of it and reads `valid.txt` when it is done. With `--minutes`, a row takes as many epochs as fit into them, after some steps that are timed. Each row runs in a process of its own, `--jobs` of them at the same time, and keeps its weights, what
+learns from all of it and reads `valid.txt` when it is done. With `--minutes`, a row takes as many steps as fit into them, evaluations included, after some that are timed. Each row runs in a process of its own, `--jobs` of them at the same time, and keeps its weights, what
 every token cost it, and its line in the results; `ensemble` rows average the probabilities of others, and rows with `teachers` learn from them as well as from the text. Rows that stand in the results file are not run again; `--table` prints what there is.
 `--mini` rehearses everything in miniature."""
 import argparse, json, os, statistics, subprocess, sys, time
@@ -73,6 +73,7 @@ MINI = dict(vocab=500, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=48,
 
 ROWS = {'base': Row(attn_dropout=.1), 'wd-1.5': Row(attn_dropout=.1, decay=1.5), 'wd-3': Row(attn_dropout=.1, decay=3.), 'dropout-.35': Row(attn_dropout=.1, dropout=.35), 'dropout-0': Row(dropout=0.), 'attention-0': Row(),
         'wide': Row(d_model=768, n_heads=12, n_kv_heads=12, d_ff=2304), 'word-0': Row(word_drop=0.), 'layer-.1': Row(layer_drop=.1), 'replace-.1': Row(replace=.1), 'smoothing-.1': Row(smoothing=.1), 'ema': Row(ema=.999), 'vocab-4k': Row(vocab=4000),
+        'plain': replace(SMALL, n_kv_heads=8, qk_norm=False, dropout=0., word_drop=0., optimizer='adamw', rate=2e-3, decay=.1, batch=8),
         'small': SMALL, **{f'small-wd-{d:g}': replace(SMALL, decay=d) for d in (.1, .5, 1.5, 6.)}, **{f'small-dropout-{p:g}': replace(SMALL, dropout=p) for p in (0., .2)},
         **{f'small-{name}': replace(SMALL, **change) for name, change in {'word-0': dict(word_drop=0.), 'layer-.1': dict(layer_drop=.1), 'replace-.1': dict(replace=.1), 'smoothing-.1': dict(smoothing=.1), 'ema': dict(ema=.999), 'vocab-4k': dict(vocab=4000),
            'rate-1e-2': dict(rate=1e-2, decay=1.5), 'T-512': dict(seq_len=512, batch=16), 'attention-.1': dict(attn_dropout=.1), 'no-qk-norm': dict(qk_norm=False), 'adamw': dict(optimizer='adamw', rate=1e-3)}.items()},
@@ -165,14 +166,14 @@ def optimizer(row, model): return Averaged(make_optimizer(model, OptimConfig(row
 
 
 def fitting(a, row, model, opt, parts, loop):
-    "As many epochs as fit into the time, by some steps that are taken back"
+    "As many steps as fit into the time, by some that are taken back"
     for step in range(12):
         if step == 6: begun = time.perf_counter()
         take_step(model, opt, parts, loop, step)  # reads its loss, so the device is waited for
-    epoch = (time.perf_counter() - begun)/6*loop.steps_per_epoch
+    took = (time.perf_counter() - begun)/6
     seed_everything(row.seed, 'weights')
     model.init_weights()
-    return max(1, int(60*a.minutes/(1.05*epoch)))  # an evaluation is a twentieth
+    return max(2, int(60*a.minutes/(1.05*took)))  # evaluations are a twentieth
 
 
 def learned(a, row, tok, train, val, device, precision):
@@ -191,10 +192,11 @@ def learned(a, row, tok, train, val, device, precision):
     parts, history = Parts(batches, loss_fn, evaluate, lambda *_: {}), History()
     loop = LoopConfig(batches.steps_per_epoch, row.epochs, row.rate, 0, row.floor, early_stopping_patience=0, precision=precision, device=str(device), seed=row.seed)
     with machine(False, None, precision == 'bf16' and device.type == 'cuda'):
-        if a.minutes: loop, opt = replace(loop, epochs=fitting(a, row, model, opt, parts, loop)), optimizer(row, model)
+        if a.minutes: steps, opt = fitting(a, row, model, opt, parts, loop), optimizer(row, model)
+        if a.minutes: loop = replace(loop, epochs=-(-steps//loop.steps_per_epoch), max_steps=steps)
         fit(model, opt, parts, replace(loop, warmup_steps=loop.total//20), history)
     opt.swap()
-    return model.eval(), history, loop.epochs
+    return model.eval(), history, round(loop.total/loop.steps_per_epoch, 2)
 
 
 def result(score): return dict(bits_per_byte=score.bits_per_byte, word_perplexity=score.word_perplexity, token_perplexity=score.perplexity)
@@ -215,7 +217,7 @@ def one(a, name):
     np.save(a.work/f'{name}.npy', nats.float().numpy())
     evals, steps = history.rows('eval'), history.rows('step')
     facts = dict(parameters=model.n_params(), epochs=epochs, blocks={k: evals[-1][k] for k in ('bits_per_byte', 'word_perplexity', 'perplexity')}, window=scored(nats), best_epoch=min(evals, key=lambda r: r['loss'])['epoch'], train_loss=evals[-1]['train_loss'],
-                 curve=[round(r['bits_per_byte'], 4) for r in evals], train_curve=[round(r['train_loss'], 3) for r in evals], seconds=round(seconds, 1), tokens_per_second=round(statistics.median(s['tokens_per_second'] for s in steps[len(steps)//2:])))
+                 fitting=steps[-1]['seconds'], curve=[round(r['bits_per_byte'], 4) for r in evals], train_curve=[round(r['train_loss'], 3) for r in evals], seconds=round(seconds, 1), tokens_per_second=round(statistics.median(s['tokens_per_second'] for s in steps[len(steps)//2:])))
     if a.dynamic: facts['dynamic'] = {str(rate): scored(dynamic_nats(model, val.ids, rate=rate, bos_id=tok.bos_id, precision=precision)) for rate in a.dynamic}
     if a.samples: facts['samples'] = generate(model, tok, ['']*a.samples, max_tokens=60, temperature=.8, top_p=.95, seed=1)
     keep(**facts)
@@ -223,7 +225,10 @@ def one(a, name):
 
 # ---- all of them ----
 
-def chosen(a, name): return replace(ROWS[name], **MINI) if a.mini else ROWS[name]
+def chosen(a, name):
+    "A row as it is run here"
+    row = replace(ROWS[name], **MINI) if a.mini else ROWS[name]
+    return replace(row, final=row.final or a.final)
 
 
 def read(path): return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -275,6 +280,7 @@ def main():
     p.add_argument('--jobs', type=int, default=1, help='rows at the same time')
     p.add_argument('--work', type=Path, default=Path('checkpoints/quality'), help='where tokenizers and weights are kept')
     p.add_argument('--results', type=Path, help='one line of JSON per row (default: in the work folder)')
+    p.add_argument('--final', action='store_true', help='rows learn from all of the training text and are judged on `valid.txt`, whatever they say themselves')
     p.add_argument('--mini', action='store_true', help='everything in miniature')
     p.add_argument('--table', action='store_true', help='print the table of what there is, and run nothing')
     p.add_argument('--one', help=argparse.SUPPRESS)

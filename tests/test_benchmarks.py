@@ -139,3 +139,68 @@ def test_a_small_text_learned_in_several_ways(run, tmp_path, monkeypatch):
     together = rows('final,final-ensemble')[1:]
     gain = -np.log(np.mean(np.exp([-.1*n for n in range(4)])))*len(nats)/np.log(2)/4000
     assert [r['row'] for r in together] == ['final-ensemble'] and abs(together[0]['window']['bits_per_byte'] - first['window']['bits_per_byte'] - gain) < 1e-4
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    "The comparison of quality, as a module"
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import quality_peers
+    return quality_peers
+
+
+def test_quality_beside_others(run, without_peers, tmp_path, monkeypatch):
+    "In miniature: a peer takes the best setting of its longest tries, and is scored as ours is; what stands is not run again"
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    text = Path(__file__).with_name('test_options.py').read_text()
+    (tmp_path/'train.txt').write_text(text[:20_000]), (tmp_path/'valid.txt').write_text(text[20_000:22_000])
+    def tried(rate, minutes, bits): return dict(phase='tune', contender='hf', minutes=minutes, threads=1, epochs=1, tokens_per_second=1, blocks=dict(bits_per_byte=bits),
+                                                setting=dict(size='32x1', batch=4, seq_len=32, compiled=False, vocab=500, rate=rate, decay=.1))
+    (tmp_path/'rows.jsonl').write_text(''.join(json.dumps(tried(*t)) + '\n' for t in [(.1, 1, 1.5), (.004, 2, 2.), (.02, 2, 2.5)]))
+    def rows(code):
+        with pytest.raises(SystemExit) as e: said, _ = run('quality_peers.py', '--data', str(tmp_path), '--work', str(tmp_path/'work'), '--mini', '--minutes', '.002', '--threads', '1', '--larger', '0', '--ours', 'plain')
+        assert e.value.code == code
+        return [json.loads(line) for line in (tmp_path/'rows.jsonl').read_text().splitlines()][3:]
+    hf, litgpt, ours = rows(False)
+    assert hf['setting']['rate'] == .004 and litgpt['missing'] == 'litgpt is not installed' and ours['contender'] == 'ours plain'
+    assert hf['steps'] >= 5
+    for row in (hf, ours): assert 2 < row['window']['bits_per_byte'] < 6 and row['window'] != row['blocks'] and row['trained'] > 0
+    assert rows(False) == [hf, litgpt, ours]
+
+
+def test_settings_are_found_uphill(beside):
+    "By hand: as far as it helps in one direction, else in the other; a value of one's own stays"
+    seen, start = [], beside.Setting(rate=2e-3, batch=8, decay=.3)
+    def loss(s):
+        seen.append((s.rate, s.batch, s.decay))
+        return abs(s.rate - 8e-3) + abs(s.batch - 4)
+    best = beside.climb(start, {name: beside.AXES[name] for name in ('rate', 'batch', 'decay')}, loss)
+    assert (best.rate, best.batch, best.decay) == (8e-3, 4, .3)
+    assert seen == [(rate, 8, .3) for rate in (2e-3, 4e-3, 8e-3, 1.6e-2)] + [(8e-3, 16, .3), (8e-3, 4, .3)]
+
+
+def test_others_are_scored_as_ours(beside, monkeypatch):
+    "The same weights in transformers cost each token the same, in blocks and in windows"
+    import numpy as np
+    import torch
+    import peers_generate as p
+    from continual_llm.evaluate import token_nats
+    shape, _ = p.shape_of('tiny')
+    ids, (model, *_) = np.random.default_rng(0).integers(3, 8000, 600), p.hf_copy(shape)
+    theirs = beside.Asked(model, lambda x: model(x, use_cache=False).logits, shape.max_seq_len)
+    for stride in (0, 200): torch.testing.assert_close(token_nats(theirs, ids, stride=stride), token_nats(p.fresh(shape), ids, stride=stride), rtol=1e-3, atol=1e-3)
+
+
+def test_blocks_lose_no_target(beside):
+    cut = beside.Cut(range(11), 3)
+    assert [b.tolist() for b in (cut[i] for i in range(len(cut)))] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+    batch = beside.Shifted(lambda: 0.)([cut[0], cut[2]])
+    assert batch['input_ids'].tolist() == [[0, 1, 2], [6, 7, 8]] and batch['labels'].tolist() == batch['shift_labels'].tolist() == [[1, 2, 3], [7, 8, 9]]
+
+
+def test_how_much_lower_ours_is(beside):
+    def row(contender, bits, **setting): return dict(phase='full', contender=contender, minutes=30, threads=2, parameters=2e6, epochs=4, trained=1799.6, tokens_per_second=9000, blocks=dict(bits_per_byte=bits+.1), window=dict(bits_per_byte=bits, word_perplexity=200.),
+                                                     setting=dict(rate=.002, batch=8, seq_len=256, decay=.1, **setting))
+    said = beside.full_table([row('hf', 1.6, size='256x6'), row('ours plain', 1.55, d_model=256, n_layers=6), row('ours good', 1.44, d_model=256, n_layers=6)])
+    assert '| hf | 30 x 2 | 256x6 | 0.002 | 8 x 256 | 0.1 | 2.0 M | 4 | 1,800 | 9,000 | 1.7000 | 1.6000 | 200.00 | 10.0% |' in said
+    assert '| ours good | 30 x 2 | 256x6 | 0.002 | 8 x 256 | 0.1 | 2.0 M | 4 | 1,800 | 9,000 | 1.5400 | 1.4400 | 200.00 |  |' in said
