@@ -9,11 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import numpy as np
+import sentencepiece
 import torch
 import torch.nn.functional as F
-from continual_llm.batches import Batches
+from torch import nn
+from continual_llm.attention import Attention
+from continual_llm.batches import Batches, resident
 from continual_llm.bench import machine_line
-from continual_llm.core import pick_device, pick_precision, seed_everything
+from continual_llm.core import numpy_generator, pick_device, pick_precision, seed_everything
 from continual_llm.data import prepare
 from continual_llm.dynamic import dynamic_nats
 from continual_llm.evaluate import ensemble_nats, score_tokens, token_nats
@@ -47,11 +50,16 @@ class Row:
     word_drop:float=.1       # pieces whose embedding is zero for a whole batch (Gal and Ghahramani 2016; Merity et al. 2018)
     layer_drop:float=0.      # parts left out, drawn for each block of text (Huang et al. 2016)
     replace:float=0.         # input tokens replaced by others of the same batch (Xie et al. 2017)
+    mask:float=0.            # input tokens whose embedding is zero
+    reshuffle:bool=False     # documents in another order in each epoch, besides the blocks
+    bpe_dropout:float=0.     # merges left out while the text is cut into pieces, anew in each epoch (Provilkov et al. 2020)
+    values:bool=False        # each layer's values mixed with the first layer's (Zhou et al. 2024); no Llama any more
     smoothing:float=0.       # of the target that all pieces share (Szegedy et al. 2016)
     ema:float=0.             # the model that is judged is a running mean of the weights that keeps this share at each step
     optimizer:str='muon'
     rate:float=5e-3          # at its peak
     decay:float=.5           # decoupled weight decay
+    decay_course:str='even'  # how it changes on the way: one of `COURSES`
     floor:float=0.           # where the descent of the rate ends, as a share of its peak
     epochs:int=24
     batch:int=32             # blocks of a step
@@ -59,6 +67,7 @@ class Row:
     teachers:tuple=()        # rows whose mean of probabilities is learned from as well (Hinton et al. 2015)
     taught:float=.5          # the share of the target that is theirs
     ensemble:tuple=()        # rows that answer as one; nothing is trained
+    share:float=1.           # of the training text that is learned from, its beginning
     final:bool=False         # learn from all of the training text, and be judged on `valid.txt`
 
     @property
@@ -68,12 +77,21 @@ class Row:
         return ModelConfig(vocab_size=self.vocab, max_seq_len=self.seq_len, **{f.name: mine[f.name] for f in fields(ModelConfig) if f.name in mine})
 
 
+COURSES = dict(even=lambda done: 1., rising=lambda done: 2*done, falling=lambda done: 2 - 2*done)  # share of the steps behind us -> what the decay is multiplied by; the rate, which it is taken times, falls besides
+TENTH = Row(share=.1, vocab=4000, d_model=160, n_layers=6, n_heads=5, n_kv_heads=5, d_ff=480, seq_len=256, dropout=.1, word_drop=0., decay=1.5, epochs=12, batch=16)  # numbers to tokens as `wd-1.5`, for a CPU
 SMALL = Row(d_model=256, n_layers=6, n_heads=8, n_kv_heads=2, d_ff=768, seq_len=256, dropout=.1, decay=3., epochs=30)  # about the preset
 MINI = dict(vocab=500, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=48, seq_len=32, batch=4, epochs=1)
 
 ROWS = {'base': Row(attn_dropout=.1), 'wd-1.5': Row(attn_dropout=.1, decay=1.5), 'wd-3': Row(attn_dropout=.1, decay=3.), 'dropout-.35': Row(attn_dropout=.1, dropout=.35), 'dropout-0': Row(dropout=0.), 'attention-0': Row(),
         'wide': Row(d_model=768, n_heads=12, n_kv_heads=12, d_ff=2304), 'word-0': Row(word_drop=0.), 'layer-.1': Row(layer_drop=.1), 'replace-.1': Row(replace=.1), 'smoothing-.1': Row(smoothing=.1), 'ema': Row(ema=.999), 'vocab-4k': Row(vocab=4000),
         'plain': replace(SMALL, n_kv_heads=8, qk_norm=False, dropout=0., word_drop=0., optimizer='adamw', rate=2e-3, decay=.1, batch=8),
+        **{f'tenth{n or ""}': replace(TENTH, seed=n) for n in range(4)}, **{f'tenth-{name}': replace(TENTH, **change) for name, change in {
+            **{f'wd-{d:g}': dict(decay=d) for d in (.1, .5, 3.)}, **{f'dropout-{p:g}': dict(dropout=p) for p in (0., .2, .3)}, **{f'rate-{r:g}': dict(rate=r) for r in (2.5e-3, 1e-2)},
+            **{f'adamw-{r:g}': dict(optimizer='adamw', rate=r, decay=.1) for r in (1e-3, 2e-3, 4e-3)}, 'adamw-wd-1.5': dict(optimizer='adamw', rate=2e-3),
+            'word-.1': dict(word_drop=.1), 'attention-.1': dict(attn_dropout=.1), 'layer-.1': dict(layer_drop=.1), 'replace-.1': dict(replace=.1), 'mask-.1': dict(mask=.1), 'smoothing-.1': dict(smoothing=.1),
+            'reshuffle': dict(reshuffle=True), 'bpe-.1': dict(bpe_dropout=.1), 'ema': dict(ema=.99), 'ema-floor-.3': dict(ema=.99, floor=.3), 'no-qk-norm': dict(qk_norm=False), 'values': dict(values=True),
+            **{f'decay-{c}': dict(decay_course=c) for c in ('rising', 'falling')}, 'T-128': dict(seq_len=128, batch=32), 'T-512': dict(seq_len=512, batch=8), 'vocab-2k': dict(vocab=2000), 'vocab-8k': dict(vocab=8000), 'batch-8': dict(batch=8), 'batch-32': dict(batch=32),
+            'again': dict(teachers=('tenth',), seed=1), 'taught': dict(teachers=('tenth', 'tenth1', 'tenth2', 'tenth3'), seed=4), 'ensemble': dict(ensemble=('tenth', 'tenth1', 'tenth2', 'tenth3'))}.items()},
         'small': SMALL, **{f'small-wd-{d:g}': replace(SMALL, decay=d) for d in (.1, .5, 1.5, 6.)}, **{f'small-dropout-{p:g}': replace(SMALL, dropout=p) for p in (0., .2)},
         **{f'small-{name}': replace(SMALL, **change) for name, change in {'word-0': dict(word_drop=0.), 'layer-.1': dict(layer_drop=.1), 'replace-.1': dict(replace=.1), 'smoothing-.1': dict(smoothing=.1), 'ema': dict(ema=.999), 'vocab-4k': dict(vocab=4000),
            'rate-1e-2': dict(rate=1e-2, decay=1.5), 'T-512': dict(seq_len=512, batch=16), 'attention-.1': dict(attn_dropout=.1), 'no-qk-norm': dict(qk_norm=False), 'adamw': dict(optimizer='adamw', rate=1e-3)}.items()},
@@ -95,12 +113,29 @@ class LayerDrop(Dropout):
         return x*((torch.rand(len(x), 1, 1, device=x.device) >= self.layer).to(x.dtype)/(1-self.layer))
 
 
+class FirstValues(Attention):
+    "Attention whose values are mixed with those of the first layer"
+    def __init__(self, config, first=None):
+        super().__init__(config)
+        self.first, self.mix = [first], nn.Parameter(torch.zeros(1)) if first else None  # in a list it is no part of this one
+
+    def heads(self, x, cos, sin):
+        q, k, v = super().heads(x, cos, sin)
+        if not self.first[0]: self.seen = v
+        else: v = v.lerp(self.first[0].seen, self.mix.sigmoid().to(v.dtype))
+        return q, k, v
+
+
 class Student(ContinualLLM):
     "A model with more ways to make learning by heart harder; without training, the plain one"
     def __init__(self, row, teachers=()):
         super().__init__(row.shape)
         self.row, self.teachers = row, list(teachers)  # a list is no part of the model, so its weights are not trained
         for b in self.blocks: b.drop = LayerDrop(row.dropout, row.layer_drop)
+        if not row.values: return
+        for i, b in enumerate(self.blocks): b.attn = FirstValues(row.shape, self.blocks[0].attn if i else None)
+        self.init_weights()
+        for b in self.blocks[1:]: nn.init.zeros_(b.attn.mix)
 
     def hidden(self, ids, cache=None):
         if not self.training: return super().hidden(ids, cache)
@@ -109,6 +144,7 @@ class Student(ContinualLLM):
             ids = torch.where(torch.rand(ids.shape, device=ids.device) < p, others, ids)
         x, T = self.embed(ids), ids.shape[1]
         if p := self.row.word_drop: x = x*((torch.rand(self.row.vocab, device=x.device) >= p).to(x.dtype)/(1-p))[ids][..., None]
+        if p := self.row.mask: x = x*((torch.rand(ids.shape, device=x.device) >= p).to(x.dtype)/(1-p))[..., None]
         x = self.drop(x)
         for b in self.blocks: x = b(x, self.cos[:T], self.sin[:T])
         return self.norm(x)
@@ -122,14 +158,16 @@ class Student(ContinualLLM):
         return (1-self.row.taught)*loss + self.row.taught*F.cross_entropy(scores, expected, reduction=reduction)
 
 
-class Averaged:
-    "An optimizer that keeps a running mean of the weights"
-    def __init__(self, opt, model, keep):
-        self.opt, self.keep, self.steps = opt, keep, 0
+class Guided:
+    "An optimizer whose weight decay takes its course, and which keeps a running mean of the weights"
+    def __init__(self, opt, model, keep, course, total):
+        self.opt, self.keep, self.course, self.total, self.steps = opt, keep, course, total, 0
         self.now = list(model.parameters())
         self.mean = [p.detach().clone() for p in self.now] if keep else []
+        self.decays = [g['weight_decay'] for g in opt.param_groups]
 
     def step(self):
+        for g, decay in zip(self.opt.param_groups, self.decays): g['weight_decay'] = decay*self.course(self.steps/self.total)
         self.opt.step()
         self.steps += 1
         if self.keep: torch._foreach_lerp_(self.mean, [p.detach() for p in self.now], max(1-self.keep, 1/(self.steps+1)))  # the first weights are soon forgotten
@@ -142,6 +180,44 @@ class Averaged:
             p.copy_(m), m.copy_(old)
 
     def __getattr__(self, name): return getattr(self.opt, name)
+
+
+# ---- the text, told anew ----
+
+class Retold(Batches):
+    "Batches of a text of which each epoch reads another version, of the same length"
+    def __init__(self, tell, *text):
+        super().__init__(*text)
+        self.tell, self.epoch, self.device = tell, None, 'cpu'
+
+    def on(self, device):
+        other = super().on(device)
+        other.device = device
+        return other
+
+    def __call__(self, step):
+        if self.epoch != (epoch := step//self.steps_per_epoch): self.epoch, self.ids = epoch, resident(self.tell(epoch), self.device)
+        return super().__call__(step)
+
+
+def articles(ids, starts, tok):
+    "The articles of a text as arrays of ids; each begins with a title between single equals signs"
+    def title(at): return (begin := tok.decode(ids[at:at+12].tolist()).strip()).startswith('= ') and not begin.startswith('= =')
+    return np.split(ids, [at for at in starts[1:] if at < len(ids) and title(at)])
+
+
+def telling(row, ids, starts, tok):
+    "epoch -> the token ids it reads, or None where all read the same"
+    if not (row.reshuffle or row.bpe_dropout): return None
+    parts = articles(ids, starts, tok)
+    if row.bpe_dropout: lines, cutter = [tok.decode(part.tolist()).splitlines(keepends=True) for part in parts], sentencepiece.SentencePieceProcessor(model_proto=tok.model)
+    def tell(epoch):
+        rng = numpy_generator(row.seed, 'telling', epoch)
+        if not row.bpe_dropout: return np.concatenate([parts[i] for i in rng.permutation(len(parts))])
+        sentencepiece.set_random_generator_seed(int(rng.integers(2**31)))
+        cut = cutter.encode([line for part in lines for line in part], enable_sampling=True, alpha=row.bpe_dropout, nbest_size=-1, num_threads=1)
+        return np.resize(np.concatenate(cut).astype(ids.dtype), len(ids))  # more pieces than before: the last ones have no room
+    return tell
 
 
 # ---- one row ----
@@ -162,7 +238,14 @@ def kept(a, name, device):
     return model.eval()
 
 
-def optimizer(row, model): return Averaged(make_optimizer(model, OptimConfig(row.optimizer, row.decay)), model, row.ema)
+def optimizer(row, model, total): return Guided(make_optimizer(model, OptimConfig(row.optimizer, row.decay)), model, row.ema, COURSES[row.decay_course], total)
+
+
+def batches_of(row, train, tok):
+    "The blocks of what is learned from"
+    ids = train.ids[:int(row.share*len(train.ids))]
+    text = ids, row.seq_len, row.batch, 1, row.seed, tok.bos_id
+    return Retold(tell, *text) if (tell := telling(row, np.asarray(ids), train.doc_starts, tok)) else Batches(*text)
 
 
 def fitting(a, row, model, opt, parts, loop):
@@ -180,7 +263,7 @@ def learned(a, row, tok, train, val, device, precision):
     "A trained model, its history, and how often the text was read"
     seed_everything(row.seed, 'weights')
     model = Student(row, [kept(a, t, device) for t in row.teachers]).to(device).train()
-    opt, batches = optimizer(row, model), Batches(train.ids, row.seq_len, row.batch, 1, row.seed, tok.bos_id).on(device)
+    batches = batches_of(row, train, tok).on(device)
     net = Compiled(model, batches, device.type == 'cuda') if a.compile else lambda x, y: model(x, targets=y, reduction='sum')
     def loss_fn(model, micro):
         x, y = [t.to(device) for t in micro]
@@ -192,8 +275,9 @@ def learned(a, row, tok, train, val, device, precision):
     parts, history = Parts(batches, loss_fn, evaluate, lambda *_: {}), History()
     loop = LoopConfig(batches.steps_per_epoch, row.epochs, row.rate, 0, row.floor, early_stopping_patience=0, precision=precision, device=str(device), seed=row.seed)
     with machine(False, None, precision == 'bf16' and device.type == 'cuda'):
-        if a.minutes: steps, opt = fitting(a, row, model, opt, parts, loop), optimizer(row, model)
+        if a.minutes: steps = fitting(a, row, model, optimizer(row, model, loop.total), parts, loop)
         if a.minutes: loop = replace(loop, epochs=-(-steps//loop.steps_per_epoch), max_steps=steps)
+        opt = optimizer(row, model, loop.total)
         fit(model, opt, parts, replace(loop, warmup_steps=loop.total//20), history)
     opt.swap()
     return model.eval(), history, round(loop.total/loop.steps_per_epoch, 2)
@@ -213,7 +297,7 @@ def one(a, name):
     model, history, epochs = learned(a, row, tok, train, val, device, precision)
     seconds = time.perf_counter() - begun
     torch.save(dict(config=row.shape.to_dict(), weights=model.state_dict()), a.work/f'{name}.pt')
-    nats = token_nats(model, val.ids, stride=row.seq_len//8, batch_size=row.batch, bos_id=tok.bos_id, precision=precision)
+    nats = token_nats(model, val.ids, stride=max(1, row.seq_len//a.parts), batch_size=row.batch, bos_id=tok.bos_id, precision=precision)
     np.save(a.work/f'{name}.npy', nats.float().numpy())
     evals, steps = history.rows('eval'), history.rows('step')
     facts = dict(parameters=model.n_params(), epochs=epochs, blocks={k: evals[-1][k] for k in ('bits_per_byte', 'word_perplexity', 'perplexity')}, window=scored(nats), best_epoch=min(evals, key=lambda r: r['loss'])['epoch'], train_loss=evals[-1]['train_loss'],
@@ -276,6 +360,7 @@ def main():
     p.add_argument('--device', default='auto')
     p.add_argument('--compile', action='store_true')
     p.add_argument('--dynamic', type=float, nargs='*', default=[], help='rates of dynamic evaluation to try')
+    p.add_argument('--parts', type=int, default=8, help='the sliding window moves on by a block in so many parts')
     p.add_argument('--samples', type=int, default=0, help='texts to write')
     p.add_argument('--jobs', type=int, default=1, help='rows at the same time')
     p.add_argument('--work', type=Path, default=Path('checkpoints/quality'), help='where tokenizers and weights are kept')
