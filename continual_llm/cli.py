@@ -28,7 +28,7 @@ def add_flags(
         if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL): continue
         kind, needed = _kind(p.annotation, p.default), p.default is p.empty
         text = (help.get(name) or '').replace('%', '%%')
-        if kind is bool: parser.add_argument(f'--{name}', action='store_true', default=argparse.SUPPRESS, help=text)
+        if kind is bool: parser.add_argument(f'--{name}', action=argparse.BooleanOptionalAction if p.default is None else 'store_true', default=argparse.SUPPRESS, help=text)  # `--no-` where off is not the default
         elif kind is list: parser.add_argument(f'--{name}', action='append', required=needed, default=argparse.SUPPRESS, metavar='TEXT', help=text + ' (required)'*needed)
         else:
             shown = ' (required)' if needed else '' if p.default in (None, '') else f" (default: {p.default})"

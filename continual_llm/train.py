@@ -35,6 +35,7 @@ from .monitor import Console, JsonLines, LiveFigure, banner, in_notebook, save_c
 from .ops import next_token_nats, too_many
 from .optim import OptimConfig, make_optimizer
 from .panel import Controls, open_panel, read_actions, recorded_actions
+from .recipes import recipe_line, recipe_options, with_recipe
 from .schedule import fit_warmup
 from .source import Source
 from .split import prepare_split
@@ -700,7 +701,7 @@ def check_options(
     o.loop = LoopConfig(1, o.epochs, o.learning_rate, o.warmup_steps, early_stopping_patience=o.early_stopping_patience, max_grad_norm=o.max_grad_norm, spike=o.spike,
                         schedule=o.schedule, eval_every=o.eval_every, max_steps=o.max_steps, max_time=o.max_time, save_every=o.save_every, keep_epochs=o.keep_epochs,
                         precision=pick_precision(o.precision, o.where), device=str(o.where), seed=o.seed)
-    o.optim, o.shape = OptimConfig(o.optimizer, o.weight_decay), model_config(o.config, max_seq_len=o.max_seq_len, dropout=o.dropout)
+    o.optim, o.shape = OptimConfig(o.optimizer, o.weight_decay), model_config(o.config, max_seq_len=o.max_seq_len, dropout=o.dropout, qk_norm=o.qk_norm)
     o.domain, o.memory, o.max_memory, o.actions = domain_name(o.domain), memory_share(o.memory), memory_bound(o.max_memory, o.where), read_actions(o.actions)
     if o.panel and o.quiet: raise UserError("quiet shows nothing and panel shows buttons; leave one of them out")
     if not isinstance(o.prompt, str): raise UserError(f"prompt={shown(o.prompt)} is not text")
@@ -715,7 +716,7 @@ def check_options(
 def _announce(o, source, val_source, own, on):
     "What is about to be trained, in a box"
     banner('Pre-training LLM', {
-        'Device': on, 'Precision': o.loop.precision, 'Data': source.name, 'Validation': val_source.name if val_source else f'{o.share:.0%} split',
+        **({} if o.recipe == 'plain' else {'Recipe': recipe_line(o.recipe, vars(o))}), 'Device': on, 'Precision': o.loop.precision, 'Data': source.name, 'Validation': val_source.name if val_source else f'{o.share:.0%} split',
         'Tokenizer': o.tokenizer or own or f'{o.vocab_size:,} pieces, trained on the data', 'Batch size': o.batch_size, 'Gradient accumulation': o.grad_accumulation,
         'Learning rate': o.learning_rate, 'Epochs': o.epochs, 'Warmup steps': o.warmup_steps, 'Early stopping patience': o.early_stopping_patience or 'off'})
 
@@ -741,6 +742,7 @@ def _read_and_join(o, folder, going_on, processes):
                graphs=o.cuda_graphs, prompt=o.prompt)
 
 # %% ../nbs/12_train.ipynb #8fa934de
+@with_recipe
 def pretrain(
     data:str='builtin:english',       # text to train on: a file, folder, glob, `.jsonl` or `.gz`; the command without it is the quick start, with settings of its own
     config:str='small',               # a preset (`tiny`, `small`, `medium`, `large`) or a YAML file with the model's fields
@@ -757,6 +759,7 @@ def pretrain(
     early_stopping_patience:int=3,    # evaluations without improvement before stopping; 0 never stops early
     max_seq_len:int|None=None,        # tokens the model sees at once (default: the preset's)
     dropout:float|None=None,          # share of the activations dropped in training (default: the preset's)
+    qk_norm:bool|None=None,           # norm of each query and key, for high rates (default: the preset's)
     optimizer:str='adamw',            # `adamw`, or `muon` for the inner matrices
     weight_decay:float=.1,            # pull of the matrices towards zero
     max_grad_norm:float=1.,           # longer gradients are shortened to this; 0 leaves them
@@ -785,6 +788,7 @@ def pretrain(
     actions:str|None=None,            # folder of a run in which somebody did so, to do it again at the same steps; in Python also a list
     resume:bool=False,                # go on with the run that is there, or begin it
     overwrite:bool=False,             # replace the run that is there
+    recipe:str='plain',               # where to take what is not given: `plain`, the defaults here, or `small-data`, for a text of less than about 100 million tokens
     cache:str|None=None,              # folder of token files (default: the user's cache folder)
     quiet:bool=False,                 # print nothing
 )->Run:
@@ -823,7 +827,7 @@ def prepare_job(
     for name in given:
         if name not in known.parameters: raise UserError(f"{name} is not an option of pretrain{nearest(name, known.parameters)}; see `continual-llm pretrain --help`")
     if os.environ.get('WORLD_SIZE', '1') != '1': raise UserError("a job is prepared in one process; call it without torchrun")
-    full = known.bind(**given)
+    full = known.bind(**{**recipe_options(given.get('recipe', 'plain')), **given})
     full.apply_defaults()
     asked = check_options(**full.arguments)
     return _read_and_join(asked, as_path('save_dir', asked.save_dir), False, Processes())

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from continual_llm import generate as writing, narrow, train as training
-from continual_llm.cli import generate_command, main
+from continual_llm.cli import generate_command, main, parse
 from continual_llm.core import UserError, multiplies_bf16, read_json, seed_everything
 from continual_llm.evaluate import evaluate
 from continual_llm.footprint import SPARE, run_bytes
 from continual_llm.generate import Sampling, generate, load_model
 from continual_llm.memory import domains
 from continual_llm.model import Block, ContinualLLM, ModelConfig, model_config
+from continual_llm.recipes import recipe_options
 from continual_llm.tokenizer import Tokenizer, train_tokenizer
 from continual_llm.train import check_saving, memory_bound, pretrain
 
@@ -263,6 +264,28 @@ def test_dropout(train):
     "Training sees it, validation does not"
     off, on = train(learning_rate=STILL), train(learning_rate=STILL, dropout=.5)
     assert on.model.config.dropout == .5 and steps(off, 'loss')[0] != steps(on, 'loss')[0] and evals(off, 'loss') == evals(on, 'loss')
+
+
+@shows(pretrain, 'qk_norm')
+def test_qk_norm(train):
+    "The model gets norms of queries and keys; the command can also say that it gets none"
+    assert not any('q_norm' in n for n in newest(train())) and newest(train(qk_norm=True))['blocks.0.attn.q_norm.weight'].shape == (8,)
+    assert parse('pretrain', pretrain, ['--qk_norm']) == dict(qk_norm=True) and parse('pretrain', pretrain, ['--no-qk_norm']) == dict(qk_norm=False)
+    assert not train(config=dict(SHAPE, qk_norm=True), qk_norm=False, max_steps=1).model.config.qk_norm
+
+
+@shows(pretrain, 'recipe')
+def test_recipe(train, capsys):
+    "What is not given is the recipe's, and the report says so; what is given stays, and so does what a recipe does not speak of"
+    takes = recipe_options('small-data')
+    run = train(recipe='small-data', max_steps=1, weight_decay=.5, quiet=False)
+    said = {k: v for k, v in read_json(run.folder/'run.json', 'run')['settings'].items() if k in takes}
+    assert said == dict({k: v for k, v in takes.items() if k in said}, learning_rate=.01, warmup_steps=0, weight_decay=.5) and len(said) > 6  # BASE gives the first two
+    line = next(line for line in capsys.readouterr().out.splitlines() if 'Recipe' in line)
+    assert 'small-data (optimizer muon, learning_rate 0.01 (given), weight_decay 0.5 (given), dropout' in line
+    given = dict(takes, learning_rate=.01, warmup_steps=0)
+    assert all(torch.equal(a, b) for a, b in zip(newest(train(recipe='small-data', max_steps=2)).values(), newest(train(**given, max_steps=2)).values()))
+    with pytest.raises(UserError, match="recipe='smalldata' is not one of plain, small-data"): train(recipe='smalldata')
 
 
 # ---- pretrain: the steps ----
