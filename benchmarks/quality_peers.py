@@ -13,7 +13,8 @@ all of theirs for training. The field `trained` says how many seconds it came to
 
 Tuning: `--tune` walks uphill for each peer by itself from the best that is known (first `SETTING`): one setting after the other goes up or down the list in `AXES` for as long as it helps, each try trained for `--minutes` on 95 % of
 `train.txt` and judged by the other 5 %, whole articles of it, which the full run learns from too. Tries stand in the results file, and none is made twice. The full run takes each peer's best of those tried at the greatest length, and,
-since more time wants a larger model, once more with the next larger size (`--larger 1`); the better of the two **on `valid.txt`** stands for the peer, an advantage that ours doesn't get.
+since more time wants a larger model, once more with the next larger size (`--above size`; with `--above size,decay`, once with more weight decay too, since more time is also more epochs); the best of these **on `valid.txt`** stands
+for the peer, an advantage that ours doesn't get.
 
 All models are scored by one function, `token_nats` in bfloat16 products, in blocks and in a window that slides by an eighth of what the model was trained to see; that it says the same of our own model when that is asked for its logits alone, as others are,
 is checked before each score. Rows that stand in the results file are not run again; one that fails is named, the others go on, and it is tried again the next time. What each printed stays in the work folder (`--work`). `--mini` is everything in miniature.
@@ -284,10 +285,10 @@ def best(rows, peer, otherwise):
     return Setting(**min(mine, key=lambda r: r['blocks']['bits_per_byte'])['setting']) if (mine := tries(rows, peer)) else otherwise
 
 
-def larger(setting, n=1):
-    "The same with the next larger size"
-    at = SIZES.index(setting.size) if setting.size in SIZES else -1  # the miniature's is below all
-    return replace(setting, size=SIZES[min(at + n, len(SIZES)-1)])
+def above(setting, axis):
+    "The same with the next value of an axis, if there is one"
+    at, values = getattr(setting, axis), AXES[axis]
+    return [replace(setting, **{axis: values[values.index(at) + 1]})] if at in values[:-1] else []
 
 
 def tune(a, name):
@@ -297,10 +298,10 @@ def tune(a, name):
 
 
 def full(a, name):
-    "The full run of a contender: of a peer its best setting, and larger ones"
+    "The full run of a contender: of a peer its best setting, and some beside it"
     if name == 'ours': return [tried(a, f'ours {row}', 'full') for row in a.ours.split(',')]
     setting = best(read(a.results), name, a.start)
-    return [tried(a, name, 'full', larger(setting, n) if n else setting) for n in range(a.larger + 1)]
+    return [tried(a, name, 'full', s) for s in [setting, *(s for axis in filter(None, a.above.split(',')) for s in above(setting, axis))]]
 
 
 # --- all of it ------------------------------------------------------------------------------------------------------------------------------------------------
@@ -349,7 +350,7 @@ def main():
     p.add_argument('--tune', action='store_true', help='look for the best settings of the peers, instead of the full run')
     p.add_argument('--start', type=json.loads, default={}, help='JSON: where to begin to tune, other than `Setting`, a peer of which nothing is known')
     p.add_argument('--axes', default=','.join(AXES), help='which settings are tuned')
-    p.add_argument('--larger', type=int, default=1, help='how many sizes above the best a peer is run with besides')
+    p.add_argument('--above', default='size', help='settings of which a peer is fully run with the next value of the list besides, each by itself, such as `size,decay`')
     p.add_argument('--minutes', type=float, default=30., help='of training for each')
     p.add_argument('--threads', type=int, default=2)
     p.add_argument('--cpu', action='store_true', help='count processor time for the peers: for one thread on a machine that others use too')

@@ -158,7 +158,7 @@ def test_quality_beside_others(run, without_peers, tmp_path, monkeypatch):
                                                 setting=dict(size='32x1', batch=4, seq_len=32, compiled=False, vocab=500, rate=rate, decay=.1))
     (tmp_path/'rows.jsonl').write_text(''.join(json.dumps(tried(*t)) + '\n' for t in [(.1, 1, 1.5), (.004, 2, 2.), (.02, 2, 2.5)]))
     def rows(code):
-        with pytest.raises(SystemExit) as e: said, _ = run('quality_peers.py', '--data', str(tmp_path), '--work', str(tmp_path/'work'), '--mini', '--minutes', '.002', '--threads', '1', '--larger', '0', '--ours', 'plain')
+        with pytest.raises(SystemExit) as e: said, _ = run('quality_peers.py', '--data', str(tmp_path), '--work', str(tmp_path/'work'), '--mini', '--minutes', '.002', '--threads', '1', '--above', '', '--ours', 'plain')
         assert e.value.code == code
         return [json.loads(line) for line in (tmp_path/'rows.jsonl').read_text().splitlines()][3:]
     hf, litgpt, ours = rows(False)
@@ -176,6 +176,7 @@ def test_settings_are_found_uphill(beside):
         return abs(s.rate - 8e-3) + abs(s.batch - 4)
     best = beside.climb(start, {name: beside.AXES[name] for name in ('rate', 'batch', 'decay')}, loss)
     assert (best.rate, best.batch, best.decay) == (8e-3, 4, .3)
+    assert [s.size for s in beside.above(best, 'size')] == ['384x6'] and not beside.above(best, 'decay')
     assert seen == [(rate, 8, .3) for rate in (2e-3, 4e-3, 8e-3, 1.6e-2)] + [(8e-3, 16, .3), (8e-3, 4, .3)]
 
 
