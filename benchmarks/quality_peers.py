@@ -11,7 +11,7 @@ all of theirs for training. The field `trained` says how many seconds it came to
   to 1, tables tied. The model that is scored is read from the checkpoint it writes. The text is given by a `DataModule` of a few lines, since its `TextFiles` needs litdata and cuts the text with a tokenizer of its own. It has no dropout.
 - `ours ROW`: a row of `quality.py` (`--ours`), trained by it: `plain` is the settings of the others, AdamW without dropout; the rest are for small texts. Which is best was found there.
 
-Tuning: `--tune` walks uphill for each peer by itself from the best that is known (first `SETTING`): one setting after the other goes up or down the list in `AXES` for as long as it helps, each try trained for `--minutes` on 95 % of
+Tuning: `--tune` walks uphill for each peer by itself from the best that is known (or from `--start`): one setting after the other goes up or down the list in `AXES` for as long as it helps, each try trained for `--minutes` on 95 % of
 `train.txt` and judged by the other 5 %, whole articles of it, which the full run learns from too. Tries stand in the results file, and none is made twice. The full run takes each peer's best of those tried at the greatest length, and,
 since more time wants a larger model, once more with the next larger size (`--above size`; with `--above size,decay`, once with more weight decay too, since more time is also more epochs); the best of these **on `valid.txt`** stands
 for the peer, an advantage that ours doesn't get.
@@ -40,7 +40,7 @@ from continual_llm.tokenizer import train_tokenizer
 
 HERE = Path(__file__).parent
 SIZES = '128x4', '192x4', '256x4', '256x6', '384x6', '512x6', '512x8', '640x8'  # width and layers
-TIMED = 12  # steps before the run, of which the first are left out
+TIMED = 32 # steps before the run, of which the first are left out
 LEFT_OUT = 3
 
 
@@ -173,7 +173,7 @@ def ours(a, name, final):
     folder.mkdir(exist_ok=True)
     if not (tok := folder/tokenizer(a).name).exists(): tok.symlink_to(tokenizer(a).absolute())
     results = folder/'results.jsonl'
-    flags = ['--data', a.data, '--work', folder, '--results', results, '--minutes', str(a.minutes), '--device', 'cpu', *['--mini']*a.mini, *['--compile']*(not a.mini), *['--final']*final]
+    flags = ['--data', a.data, '--work', folder, '--results', results, '--minutes', str(a.minutes), '--device', 'cpu', '--parts', '1', *['--mini']*a.mini, *['--compile']*(not a.mini), *['--final']*final]
     subprocess.run([sys.executable, quality.__file__, *map(str, flags), '--one', name], check=True)
     row = [r for r in read(results) if r['row'] == name][-1]
     model = quality.kept(SimpleNamespace(work=folder), name, 'cpu')
@@ -280,9 +280,10 @@ def tries(rows, peer):
     return [r for r in mine if r['minutes']*r['threads'] == most]
 
 
-def best(rows, peer, otherwise):
-    "The setting of the best of these"
-    return Setting(**min(mine, key=lambda r: r['blocks']['bits_per_byte'])['setting']) if (mine := tries(rows, peer)) else otherwise
+def best(a, peer):
+    "The setting that was asked for, or of the best of these"
+    first, mine = MINI if a.mini else Setting(), tries(read(a.results), peer)
+    return replace(first, **a.start) if a.start or not mine else Setting(**min(mine, key=lambda r: r['blocks']['bits_per_byte'])['setting'])
 
 
 def above(setting, axis):
@@ -294,13 +295,13 @@ def above(setting, axis):
 def tune(a, name):
     "Walk uphill from the best that is known"
     def loss(setting): return row['blocks']['bits_per_byte'] if (row := tried(a, name, 'tune', setting)) and 'blocks' in row else math.inf
-    climb(best(read(a.results), name, a.start), {axis: AXES[axis] for axis in TUNED[name] if axis in a.axes.split(',')}, loss)
+    climb(best(a, name), {axis: AXES[axis] for axis in TUNED[name] if axis in a.axes.split(',')}, loss)
 
 
 def full(a, name):
     "The full run of a contender: of a peer its best setting, and some beside it"
     if name == 'ours': return [tried(a, f'ours {row}', 'full') for row in a.ours.split(',')]
-    setting = best(read(a.results), name, a.start)
+    setting = best(a, name)
     return [tried(a, name, 'full', s) for s in [setting, *(s for axis in filter(None, a.above.split(',')) for s in above(setting, axis))]]
 
 
@@ -348,7 +349,7 @@ def main():
     p.add_argument('--contenders', default='hf,litgpt,ours', help='which, with commas between them')
     p.add_argument('--ours', default='plain,small-wd-1.5', help='rows of `quality.py`')
     p.add_argument('--tune', action='store_true', help='look for the best settings of the peers, instead of the full run')
-    p.add_argument('--start', type=json.loads, default={}, help='JSON: where to begin to tune, other than `Setting`, a peer of which nothing is known')
+    p.add_argument('--start', type=json.loads, default={}, help='JSON: the setting to begin with, or to run fully, in place of the best that is known; what it leaves out is as in `Setting`')
     p.add_argument('--axes', default=','.join(AXES), help='which settings are tuned')
     p.add_argument('--above', default='size', help='settings of which a peer is fully run with the next value of the list besides, each by itself, such as `size,decay`')
     p.add_argument('--minutes', type=float, default=30., help='of training for each')
@@ -360,7 +361,7 @@ def main():
     p.add_argument('--table', action='store_true', help='print the tables of what there is, and run nothing')
     p.add_argument('--one', type=json.loads, help=argparse.SUPPRESS)
     a = p.parse_args()
-    a.argv, a.start = sys.argv[1:], replace(MINI if a.mini else Setting(), **a.start)
+    a.argv = sys.argv[1:]
     a.results = a.results or (a.work/'results.jsonl' if a.mini else HERE/'quality_peers.jsonl')
     a.work.mkdir(parents=True, exist_ok=True)
     if a.one: return one(a, **a.one)
