@@ -101,6 +101,8 @@ def _load(path):
 
 COMMANDS = {  # name -> (what it is for, what describes its flags, what runs it)
     'train-tokenizer': ('learn a vocabulary from a text', 'continual_llm.tokenizer:train_tokenizer', None),
+    'plan': ('say what a run will take, before it is begun', 'continual_llm.plan:plan', None),
+    'lr-find': ('find a learning rate', 'continual_llm.lr_find:lr_find', None),
     'pretrain': ('train a model on a text', 'continual_llm.train:pretrain', 'continual_llm.cli:pretrain_command'),
     'generate': ('let a model write on from a prompt', 'continual_llm.cli:generate_command', None),
     'evaluate': ('measure a model on a text', 'continual_llm.evaluate:evaluate', None),
@@ -130,7 +132,7 @@ def run_command(
     if argv[0] == 'train-tokenizer' and not given.get('save'): raise UserError("--save is missing, so the tokenizer would be kept nowhere; give a folder such as tokenizers/mine")
     result = (_load(runs) if runs else function)(**given)
     stopped = getattr(result, 'stopped', '')
-    if argv[0] in ('train-tokenizer', 'evaluate', 'verify-resume', 'history', 'remember', 'bench'): print(result)
+    if argv[0] in ('train-tokenizer', 'evaluate', 'verify-resume', 'history', 'remember', 'bench', 'plan', 'lr-find'): print(result)
     if not getattr(result, 'identical', True): return 1
     if getattr(result, 'refused', False): return 3
     return 128 + signal.Signals[stopped] if stopped in ('SIGINT', 'SIGTERM') else 0

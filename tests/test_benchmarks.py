@@ -205,3 +205,34 @@ def test_how_much_lower_ours_is(beside):
     said = beside.full_table([row('hf', 1.6, size='256x6'), row('ours plain', 1.55, d_model=256, n_layers=6), row('ours good', 1.44, d_model=256, n_layers=6)])
     assert '| hf | 30 x 2 | 256x6 | 0.002 | 8 x 256 | 0.1 | 2.0 M | 4 | 1,800 | 9,000 | 1.7000 | 1.6000 | 200.00 | 10.0% |' in said
     assert '| ours good | 30 x 2 | 256x6 | 0.002 | 8 x 256 | 0.1 | 2.0 M | 4 | 1,800 | 9,000 | 1.5400 | 1.4400 | 200.00 |  |' in said
+
+
+@pytest.fixture
+def text(tmp_path):
+    "What stands for WikiText-2"
+    words = 'cat horse hen fox owl elephant mat log hillside road'.split()
+    lines = [f'the {a} sat on the {b} and saw the {c} .\n\n' for a in words for b in words for c in words]
+    for name in ('train', 'valid'): (tmp_path/f'{name}.txt').write_text(''.join(lines))
+    return tmp_path
+
+
+def test_a_range_test_beside_real_runs(run, text):
+    flags = '--data', str(text), '--rates', '.001,.01', '--optimizers', 'muon', '--steps', '2', '--vocab_size', '300'
+    said, rows = run('lr_find.py', *flags)
+    assert [(r['kind'], r.get('rate')) for r in rows] == [('test', None), ('run', .001), ('run', .01)] and '| muon | ' in said
+    assert rows[0]['steepest'] in [pytest.approx(r, rel=.01) for r in rows[0]['rates']] and 3 < rows[1]['loss'] < 6
+    assert run('lr_find.py', *flags)[1] == rows
+
+
+def test_a_plan_beside_its_run(run, text):
+    said, rows = run('plan_check.py', '--data', str(text), '--mini', '--minutes', '.05')
+    row, = rows
+    assert row['was']['steps'] == row['steps'] > 0 and '| tiny | muon | split |' in said
+    assert .7 < row['said']['memory']/row['was']['memory'] < 1.4 and .5 < row['said']['disk']/row['was']['disk'] < 2
+
+
+def test_when_a_text_is_known_by_heart(run, text):
+    flags = '--data', str(text), '--cases', 'narrow:20:3e-3', '--epochs', '2', '--vocab_size', '300'
+    said, rows = run('overfit.py', *flags)
+    assert len(rows[0]['curve']) == 2 and rows[0]['best'] == 2 and not rows[0]['over'] and 4000 < rows[0]['tokens'] < 10_000 and '| narrow | 20 | 0.003 | ' in said
+    assert run('overfit.py', *flags)[1] == rows

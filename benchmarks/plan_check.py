@@ -1,0 +1,95 @@
+"""Does a run take what `plan` said?  `python benchmarks/plan_check.py --data FOLDER [--minutes 1.5] [--results FILE] [--table] [--mini]`
+
+FOLDER holds `train.txt` and `valid.txt` of WikiText-2. Each job is planned in a process of its own, then carried out by the planned settings in another one, for as many epochs as fit into the minutes. Kept are the time of its training, the most
+memory that the system saw, and what stands in its folder, beside what was foretold. One thread, and both times are the processor's: on a machine at rest they are those of the clock, and on a busy one they do not count the others (`--clock wall` counts them). Rows that stand in the results are not made
+again; `--mini` does all of it in miniature."""
+import argparse, json, os, resource, subprocess, sys, tempfile, time
+from functools import partial
+from pathlib import Path
+
+JOBS = [dict(config='tiny', optimizer='adamw', validation='split', kilobytes=2000), dict(config='tiny', optimizer='muon', validation='own file', kilobytes=2000),
+        dict(config='small', optimizer='adamw', validation='own file', kilobytes=500), dict(config='small', optimizer='muon', validation='split', kilobytes=500),
+        dict(config='tiny', optimizer='adamw', validation='own file', kilobytes=400)]
+MINI = [dict(config='tiny', optimizer='muon', validation='split', kilobytes=30)]
+
+
+CLOCKS = dict(processor=time.process_time, wall=time.perf_counter)
+
+
+def said(options, minutes, clock):
+    "The plan of a job, made here"
+    from continual_llm import plan as planning
+    planning.measure = partial(planning.measure, clock=CLOCKS[clock])
+    p = planning.plan(**options, hours=minutes/60)
+    return dict(seconds=p.seconds, memory=p.pace.memory, disk=p.disk, epochs=p.epochs, steps=p.steps, tokens_per_second=p.pace.tokens)
+
+
+def was(options, found, clock):
+    "The same job, carried out here"
+    from continual_llm import train
+    real, took, now = train.fit, [], CLOCKS[clock]
+    def watched(*args):
+        begun = now()
+        try: return real(*args)
+        finally: took.append(now() - begun)
+    train.fit = watched
+    run = train.pretrain(**options, epochs=found['epochs'], max_steps=found['steps'])
+    files = {p.stat().st_ino: p.stat().st_size for p in run.folder.rglob('*.pt')}  # a checkpoint with two names counts once
+    return dict(seconds=took[0], memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024),
+                disk=sum(files.values()), stopped=run.stopped, steps=run.history.column('step', 'step')[-1] + 1)
+
+
+def in_another(*words):
+    "What a process of its own found"
+    done = subprocess.run([sys.executable, __file__, '--one', json.dumps(words)], stdout=subprocess.PIPE, text=True, check=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def excerpt(source, kilobytes, target):
+    "The beginning of a text, whole lines"
+    text = source.read_text()[:1000*kilobytes]
+    target.write_text(text[:text.rindex('\n') + 1])
+    return str(target)
+
+
+def measure(a, job, work):
+    "A row"
+    data = excerpt(a.data/'train.txt', job['kilobytes'], work/'train.txt')
+    same = dict(data=data, recipe='plain', config=job['config'], optimizer=job['optimizer'], vocab_size=300 if a.mini else 4000, early_stopping_patience=0, device='cpu', cache=str(work/'cache'), save_dir=str(work/'run'))
+    if a.mini: same.update(max_seq_len=32)
+    if job['validation'] != 'split': same['val_data'] = excerpt(a.data/'valid.txt', job['kilobytes']//10, work/'valid.txt')
+    plan = in_another('said', dict(same, quiet=True), a.minutes, a.clock)
+    return dict(job, clock=a.clock, steps=plan['steps'], load=round(os.getloadavg()[0], 1), said=plan, was=in_another('was', dict(same, quiet=True), plan, a.clock))
+
+
+def table(rows):
+    "One line for each job"
+    print('| model | optimizer | validation | steps | seconds, foretold | measured | ratio | MB, foretold | measured | ratio | disk, ratio |\n' + '|---'*11 + '|')
+    for r in rows:
+        s, w = r['said'], r['was']
+        print(f"| {r['config']} | {r['optimizer']} | {r['validation']} | {r['steps']} | {s['seconds']:.0f} | {w['seconds']:.0f} | {s['seconds']/max(w['seconds'], .1):.2f} | {s['memory']/1e6:.0f} | {w['memory']/1e6:.0f} | {s['memory']/w['memory']:.2f} | {s['disk']/w['disk']:.2f} |")
+
+
+def main():
+    "Check what is missing, and print one table"
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--data', type=Path, default=Path('.'))
+    p.add_argument('--minutes', type=float, default=1.5)
+    p.add_argument('--clock', choices=CLOCKS, default='processor')
+    p.add_argument('--results', type=Path, default=Path(__file__).parent/'plan_check.jsonl')
+    p.add_argument('--table', action='store_true', help='print what there is, and measure nothing')
+    p.add_argument('--mini', action='store_true', help='a job of seconds')
+    p.add_argument('--one', help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.one:
+        what, *given = json.loads(a.one)
+        return print(json.dumps(dict(said=said, was=was)[what](*given)))
+    rows = [json.loads(line) for line in a.results.read_text().splitlines()] if a.results.exists() else []
+    for job in () if a.table else MINI if a.mini else JOBS:
+        if any(all(r[k] == v for k, v in job.items()) for r in rows): continue
+        with tempfile.TemporaryDirectory() as work: rows.append(measure(a, job, Path(work)))
+        with a.results.open('a') as f: print(json.dumps(rows[-1]), file=f)
+    table(rows)
+
+
+if __name__ == '__main__': main()
