@@ -78,20 +78,20 @@ class Row:
 
 
 COURSES = dict(even=lambda done: 1., rising=lambda done: 2*done, falling=lambda done: 2 - 2*done)  # share of the steps behind us -> what the decay is multiplied by; the rate, which it is taken times, falls besides
-TENTH = Row(share=.1, vocab=4000, d_model=160, n_layers=6, n_heads=5, n_kv_heads=5, d_ff=480, seq_len=256, dropout=.1, word_drop=0., decay=1.5, epochs=12, batch=16)  # numbers to tokens as `wd-1.5`, for a CPU
+FEW = Row(share=.05, vocab=2000, d_model=128, n_layers=5, n_heads=4, n_kv_heads=4, d_ff=384, seq_len=256, dropout=.1, word_drop=0., decay=1.5, epochs=12, batch=8)  # a twentieth of the text, and about as many numbers to a token as `wd-1.5`: for a CPU
 SMALL = Row(d_model=256, n_layers=6, n_heads=8, n_kv_heads=2, d_ff=768, seq_len=256, dropout=.1, decay=3., epochs=30)  # about the preset
 MINI = dict(vocab=500, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=48, seq_len=32, batch=4, epochs=1)
 
 ROWS = {'base': Row(attn_dropout=.1), 'wd-1.5': Row(attn_dropout=.1, decay=1.5), 'wd-3': Row(attn_dropout=.1, decay=3.), 'dropout-.35': Row(attn_dropout=.1, dropout=.35), 'dropout-0': Row(dropout=0.), 'attention-0': Row(),
         'wide': Row(d_model=768, n_heads=12, n_kv_heads=12, d_ff=2304), 'word-0': Row(word_drop=0.), 'layer-.1': Row(layer_drop=.1), 'replace-.1': Row(replace=.1), 'smoothing-.1': Row(smoothing=.1), 'ema': Row(ema=.999), 'vocab-4k': Row(vocab=4000),
         'plain': replace(SMALL, n_kv_heads=8, qk_norm=False, dropout=0., word_drop=0., optimizer='adamw', rate=2e-3, decay=.1, batch=8),
-        **{f'tenth{n or ""}': replace(TENTH, seed=n) for n in range(4)}, **{f'tenth-{name}': replace(TENTH, **change) for name, change in {
+        **{f'few{n or ""}': replace(FEW, seed=n) for n in range(4)}, **{f'few-{name}': replace(FEW, **change) for name, change in {
             **{f'wd-{d:g}': dict(decay=d) for d in (.1, .5, 3.)}, **{f'dropout-{p:g}': dict(dropout=p) for p in (0., .2, .3)}, **{f'rate-{r:g}': dict(rate=r) for r in (2.5e-3, 1e-2)},
             **{f'adamw-{r:g}': dict(optimizer='adamw', rate=r, decay=.1) for r in (1e-3, 2e-3, 4e-3)}, 'adamw-wd-1.5': dict(optimizer='adamw', rate=2e-3),
             'word-.1': dict(word_drop=.1), 'attention-.1': dict(attn_dropout=.1), 'layer-.1': dict(layer_drop=.1), 'replace-.1': dict(replace=.1), 'mask-.1': dict(mask=.1), 'smoothing-.1': dict(smoothing=.1),
             'reshuffle': dict(reshuffle=True), 'bpe-.1': dict(bpe_dropout=.1), 'ema': dict(ema=.99), 'ema-floor-.3': dict(ema=.99, floor=.3), 'no-qk-norm': dict(qk_norm=False), 'values': dict(values=True),
-            **{f'decay-{c}': dict(decay_course=c) for c in ('rising', 'falling')}, 'T-128': dict(seq_len=128, batch=32), 'T-512': dict(seq_len=512, batch=8), 'vocab-2k': dict(vocab=2000), 'vocab-8k': dict(vocab=8000), 'batch-8': dict(batch=8), 'batch-32': dict(batch=32),
-            'again': dict(teachers=('tenth',), seed=1), 'taught': dict(teachers=('tenth', 'tenth1', 'tenth2', 'tenth3'), seed=4), 'ensemble': dict(ensemble=('tenth', 'tenth1', 'tenth2', 'tenth3'))}.items()},
+            **{f'decay-{c}': dict(decay_course=c) for c in ('rising', 'falling')}, 'T-128': dict(seq_len=128, batch=16), 'T-512': dict(seq_len=512, batch=4), 'vocab-4k': dict(vocab=4000), 'batch-4': dict(batch=4), 'batch-16': dict(batch=16), 'wide': dict(d_model=192, n_heads=6, n_kv_heads=6, d_ff=576), 'untied': dict(tie_embeddings=False),
+            'again': dict(teachers=('few',), seed=1), 'taught': dict(teachers=('few', 'few1', 'few2', 'few3'), seed=4), 'ensemble': dict(ensemble=('few', 'few1', 'few2', 'few3'))}.items()},
         'small': SMALL, **{f'small-wd-{d:g}': replace(SMALL, decay=d) for d in (.1, .5, 1.5, 6.)}, **{f'small-dropout-{p:g}': replace(SMALL, dropout=p) for p in (0., .2)},
         **{f'small-{name}': replace(SMALL, **change) for name, change in {'word-0': dict(word_drop=0.), 'layer-.1': dict(layer_drop=.1), 'replace-.1': dict(replace=.1), 'smoothing-.1': dict(smoothing=.1), 'ema': dict(ema=.999), 'vocab-4k': dict(vocab=4000),
            'rate-1e-2': dict(rate=1e-2, decay=1.5), 'T-512': dict(seq_len=512, batch=16), 'attention-.1': dict(attn_dropout=.1), 'no-qk-norm': dict(qk_norm=False), 'adamw': dict(optimizer='adamw', rate=1e-3)}.items()},
@@ -270,7 +270,7 @@ def learned(a, row, tok, train, val, device, precision):
         return net(x, y), y.numel()
     def evaluate(poll):
         opt.swap()
-        try: return score_tokens(model, val, tok, batch_size=row.batch, precision=precision)
+        try: return score_tokens(model, val, tok, a.eval_tokens, batch_size=row.batch, precision=precision)
         finally: opt.swap()
     parts, history = Parts(batches, loss_fn, evaluate, lambda *_: {}), History()
     loop = LoopConfig(batches.steps_per_epoch, row.epochs, row.rate, 0, row.floor, early_stopping_patience=0, precision=precision, device=str(device), seed=row.seed)
@@ -278,7 +278,8 @@ def learned(a, row, tok, train, val, device, precision):
         if a.minutes: steps = fitting(a, row, model, optimizer(row, model, loop.total), parts, loop)
         if a.minutes: loop = replace(loop, epochs=-(-steps//loop.steps_per_epoch), max_steps=steps)
         opt = optimizer(row, model, loop.total)
-        fit(model, opt, parts, replace(loop, warmup_steps=loop.total//20), history)
+        at = fit(model, opt, parts, replace(loop, warmup_steps=loop.total//20), history)
+        if at.stopped: raise SystemExit(f'stopped by {at.stopped}, so there is no row')
     opt.swap()
     return model.eval(), history, round(loop.total/loop.steps_per_epoch, 2)
 
@@ -299,8 +300,8 @@ def one(a, name):
     torch.save(dict(config=row.shape.to_dict(), weights=model.state_dict()), a.work/f'{name}.pt')
     nats = token_nats(model, val.ids, stride=max(1, row.seq_len//a.parts), batch_size=row.batch, bos_id=tok.bos_id, precision=precision)
     np.save(a.work/f'{name}.npy', nats.float().numpy())
-    evals, steps = history.rows('eval'), history.rows('step')
-    facts = dict(parameters=model.n_params(), epochs=epochs, blocks={k: evals[-1][k] for k in ('bits_per_byte', 'word_perplexity', 'perplexity')}, window=scored(nats), best_epoch=min(evals, key=lambda r: r['loss'])['epoch'], train_loss=evals[-1]['train_loss'],
+    evals, steps, blocks = history.rows('eval'), history.rows('step'), score_tokens(model, val, tok, batch_size=row.batch, precision=precision)
+    facts = dict(parameters=model.n_params(), epochs=epochs, blocks={k: getattr(blocks, k) for k in ('bits_per_byte', 'word_perplexity', 'perplexity')}, window=scored(nats), best_epoch=min(evals, key=lambda r: r['loss'])['epoch'], train_loss=evals[-1]['train_loss'],
                  fitting=steps[-1]['seconds'], curve=[round(r['bits_per_byte'], 4) for r in evals], train_curve=[round(r['train_loss'], 3) for r in evals], seconds=round(seconds, 1), tokens_per_second=round(statistics.median(s['tokens_per_second'] for s in steps[len(steps)//2:])))
     if a.dynamic: facts['dynamic'] = {str(rate): scored(dynamic_nats(model, val.ids, rate=rate, bos_id=tok.bos_id, precision=precision)) for rate in a.dynamic}
     if a.samples: facts['samples'] = generate(model, tok, ['']*a.samples, max_tokens=60, temperature=.8, top_p=.95, seed=1)
@@ -360,6 +361,7 @@ def main():
     p.add_argument('--device', default='auto')
     p.add_argument('--compile', action='store_true')
     p.add_argument('--dynamic', type=float, nargs='*', default=[], help='rates of dynamic evaluation to try')
+    p.add_argument('--eval_tokens', type=int, default=0, help='the curve of a row is of the first of the tokens alone (0: all); its last figures are of all')
     p.add_argument('--parts', type=int, default=8, help='the sliding window moves on by a block in so many parts')
     p.add_argument('--samples', type=int, default=0, help='texts to write')
     p.add_argument('--jobs', type=int, default=1, help='rows at the same time')
