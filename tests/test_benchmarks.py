@@ -142,6 +142,77 @@ def test_a_small_text_learned_in_several_ways(run, tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def q(monkeypatch):
+    "`quality.py` as a module"
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import quality
+    return quality
+
+
+def test_a_text_told_anew(q, tmp_path):
+    "Articles in another order, or cut into other pieces: every epoch another one, the same again for the same epoch, and always the same text"
+    import numpy as np
+    from dataclasses import replace
+    from continual_llm.data import prepare
+    from continual_llm.tokenizer import train_tokenizer
+    bodies = [f' = Title {n} = \n \n {"the cat sat on the mat and the dog did not . " * (n+1)}\n = = Part = = \n \n a part of {n} .\n' for n in range(5)]
+    (tmp_path/'text.txt').write_text('\n'.join(bodies))
+    tok = train_tokenizer(tmp_path/'text.txt', vocab_size=310)
+    train = prepare(str(tmp_path/'text.txt'), tok, tmp_path/'cache')
+    ids = np.asarray(train.ids)
+    parts = q.articles(ids, train.doc_starts, tok)
+    assert len(parts) == 5 and [tok.decode(p.tolist()).strip().split(' = ')[0] for p in parts] == [f'= Title {n}' for n in range(5)]
+    assert q.telling(q.Row(), ids, train.doc_starts, tok) is None
+    tell = q.telling(q.Row(reshuffle=True), ids, train.doc_starts, tok)
+    assert sorted(tell(1).tolist()) == sorted(ids.tolist()) and all(p.tobytes() in tell(1).tobytes() for p in parts) and not np.array_equal(tell(1), tell(2)) and np.array_equal(tell(1), tell(1))
+    tell = q.telling(replace(q.Row(), bpe_dropout=.3), ids, train.doc_starts, tok)
+    text = tok.decode(tell(0).tolist())
+    assert len(tell(0)) == len(ids) and (tmp_path/'text.txt').read_text().startswith(text) and len(text) > 100 and not np.array_equal(tell(0), ids) and np.array_equal(tell(3), tell(3))
+
+
+def test_a_guided_optimizer(q):
+    "The decay takes its course and the mean follows the weights, by hand: decays of 0, 0.5 and 1; a mean that keeps nine tenths, once it is old enough"
+    import torch
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    opt = q.Guided(torch.optim.SGD(model.parameters(), lr=.1, weight_decay=.5), model, .6, q.COURSES['rising'], 3)
+    weights, seen = [1.], []
+    for step in range(3):
+        model.weight.grad = torch.zeros(1, 1)
+        opt.step()
+        weights.append(weights[-1]*(1 - .1*.5*2*step/3))
+        assert model.weight.item() == pytest.approx(weights[-1])
+    mean = 1.
+    for n, w in enumerate(weights[1:], 1): mean += (w - mean)*max(.4, 1/(n+1))
+    opt.swap()
+    assert model.weight.item() == pytest.approx(mean) != pytest.approx(weights[-1])
+    opt.swap()
+    assert model.weight.item() == pytest.approx(weights[-1])
+
+
+def test_values_of_the_first_layer(q):
+    "Half of each layer's values are the first layer's when training begins; the model trains and writes"
+    import torch
+    from dataclasses import replace
+    row = replace(q.FEW, **dict(q.MINI, n_layers=2), values=True)
+    model, ids = q.Student(row), torch.arange(12).view(1, 12)
+    first, second = [b.attn for b in model.blocks]
+    model(ids, targets=ids).backward()
+    own = q.Attention.heads(second, x := torch.randn(1, 12, 32), model.cos[:12], model.sin[:12])[2]
+    torch.testing.assert_close(second.heads(x, model.cos[:12], model.sin[:12])[2], (own + first.seen)/2)
+    assert second.mix.grad.abs() > 0 and model.n_params() == q.Student(replace(row, values=False)).n_params() + 1
+
+
+def test_advice_in_miniature(run, tmp_path):
+    "Every run leaves a row, and rows that stand are not run again"
+    out, _ = run('advice.py', '--mini', '--results', str(tmp_path/'rows.jsonl'))
+    rows = [json.loads(line) for line in (tmp_path/'rows.jsonl').read_text().splitlines()]
+    assert len(rows) == 7 == len({r['run'] for r in rows}) and all(r['steps'] > 5 and r['best'] < 6 for r in rows)
+    again, _ = run('advice.py', '--mini', '--results', str(tmp_path/'rows.jsonl'))
+    assert again.splitlines() == out.splitlines()[-len(again.splitlines()):] and len(again.splitlines()) == 9
+
+
+@pytest.fixture
 def beside(monkeypatch):
     "The comparison of quality, as a module"
     monkeypatch.syspath_prepend(str(FOLDER))
