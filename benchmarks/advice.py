@@ -1,6 +1,6 @@
 """What helps a run that disappoints?  `python benchmarks/advice.py [--results FILE] [--table] [--mini]`
 
-Seven runs of a small model on 60,000 characters of the English that every Python carries, judged by the 30,000 that follow: with the settings of `plain` and of `small-data`, slow and fast, stopped early or not. Each differs from another in one thing.
+Runs of a small model on 60,000 characters of the English that every Python carries, judged by the 30,000 that follow: with the settings of `plain` and of `small-data`, slow and fast, stopped early or not. Each differs from another in one thing.
 Rows that stand in the results file are not run again; `--table` prints what there is. `nbs/advice.ipynb` tells what follows from it."""
 import argparse, json, tempfile, time
 from pathlib import Path
@@ -12,23 +12,25 @@ from continual_llm.train import pretrain
 SHAPE = dict(d_model=96, n_layers=3, n_heads=4, n_kv_heads=4, d_ff=256, max_seq_len=64)
 PLAIN = dict(epochs=20, learning_rate=3e-3, warmup_steps=20, early_stopping_patience=0)
 SMALL = dict(epochs=20, recipe='small-data', warmup_steps=20)
-RUNS = {'plain': PLAIN, 'plain, a tenth of the rate': dict(PLAIN, learning_rate=3e-4), 'plain, dropout 0.3': dict(PLAIN, dropout=.3), 'small-data': SMALL, 'small-data, decay 3, dropout 0.2': dict(SMALL, weight_decay=3., dropout=.2),
-        'small-data, 8 epochs': dict(SMALL, epochs=8), 'small-data, patience 3, an evaluation every 8 steps': dict(SMALL, early_stopping_patience=3, eval_every=8)}
+RUNS = {'plain': PLAIN, 'plain, a tenth of the rate': dict(PLAIN, learning_rate=3e-4), 'plain, dropout 0.3': dict(PLAIN, dropout=.3), 'plain, ten times the warmup': dict(PLAIN, warmup_steps=200),
+        'plain, half the width': dict(PLAIN, config=dict(SHAPE, d_model=48, d_ff=128)), 'plain, twice the text, half the passes': dict(PLAIN, epochs=10, more=60_000), 'small-data': SMALL, 'small-data, decay 3, dropout 0.2': dict(SMALL, weight_decay=3., dropout=.2),
+        'small-data, 8 epochs': dict(SMALL, epochs=8), **{f'small-data, patience {n}, an evaluation every 8 steps': dict(SMALL, early_stopping_patience=n, eval_every=8) for n in (3, 8)}}
 
 
-def texts(folder, mini):
-    "What is learned from and what is judged by, as files"
+def texts(folder, mini, more=0):
+    "What is learned from and what is judged by, as files; `more` characters to learn from stand behind those that judge"
     text = ''.join(t for t, _ in Source.of('builtin:english').texts())
     learned, judged = (6_000, 3_000) if mini else (60_000, 30_000)
-    (folder/'train.txt').write_text(text[:learned])
+    (folder/'train.txt').write_text(text[:learned] + text[learned + judged:learned + judged + more])
     (folder/'valid.txt').write_text(text[learned:learned + judged])
     return dict(data=str(folder/'train.txt'), val_data=str(folder/'valid.txt'), cache=str(folder/'cache'), vocab_size=400 if mini else 1000)
 
 
 def run(name, folder, mini):
     "A run, and what came of it"
-    begun, asked = time.perf_counter(), dict(RUNS[name], **dict(epochs=2) if mini else {})
-    done = pretrain(**texts(folder, mini), config=SHAPE, batch_size=8, grad_accumulation=1, memory=0., keep_epochs=1, save_dir=str(folder/str(list(RUNS).index(name))), quiet=True, **asked)
+    begun, asked = time.perf_counter(), {**RUNS[name], **(dict(epochs=2) if mini else {})}
+    how = dict(config=SHAPE, batch_size=8, grad_accumulation=1, memory=0., keep_epochs=1, quiet=True, **texts(folder, mini, asked.pop('more', 0)))
+    done = pretrain(save_dir=str(folder/str(list(RUNS).index(name))), **{**how, **asked})
     evals = done.history.rows('eval')
     return dict(run=name, asked=asked, curve=[[r['step'], round(r['train_loss'], 4), round(r['loss'], 4)] for r in evals], best_epoch=done.best_epoch, best=round(done.best_loss, 4), bits_per_byte=round(min(r['bits_per_byte'] for r in evals), 4),
                 stopped=done.stopped, steps=evals[-1]['step'], seconds=round(time.perf_counter() - begun, 1), machine=machine_line(pick_device('cpu')))

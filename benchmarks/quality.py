@@ -1,10 +1,10 @@
 """How good a language model do two million words give?  `python benchmarks/quality.py --data FOLDER --rows NAMES [--minutes 8] [--device cuda] [--compile] [--results FILE] [--table]`
 
 Rows differ in few settings each. FOLDER holds `train.txt` and `valid.txt` of WikiText-2. A row that tunes something learns from 95 % of `train.txt` and is judged by the other 5 %, whole articles of it; a row that is `final`
-learns from all of it and reads `valid.txt` when it is done. With `--minutes`, a row takes as many steps as fit into them, evaluations included, after some that are timed. Each row runs in a process of its own, `--jobs` of them at the same time, and keeps its weights, what
+learns from all of it and reads `valid.txt` when it is done. `NAME@1` is the row of another seed; the table has the mean of all seeds, and their spread. With `--minutes`, a row takes as many steps as fit into them, evaluations included, after some that are timed. Each row runs in a process of its own, `--jobs` of them at the same time, and keeps its weights, what
 every token cost it, and its line in the results; `ensemble` rows average the probabilities of others, and rows with `teachers` learn from them as well as from the text. Rows that stand in the results file are not run again; `--table` prints what there is.
 `--mini` rehearses everything in miniature."""
-import argparse, json, os, statistics, subprocess, sys, time
+import argparse, functools, json, os, statistics, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -85,18 +85,18 @@ MINI = dict(vocab=500, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=48,
 ROWS = {'base': Row(attn_dropout=.1), 'wd-1.5': Row(attn_dropout=.1, decay=1.5), 'wd-3': Row(attn_dropout=.1, decay=3.), 'dropout-.35': Row(attn_dropout=.1, dropout=.35), 'dropout-0': Row(dropout=0.), 'attention-0': Row(),
         'wide': Row(d_model=768, n_heads=12, n_kv_heads=12, d_ff=2304), 'word-0': Row(word_drop=0.), 'layer-.1': Row(layer_drop=.1), 'replace-.1': Row(replace=.1), 'smoothing-.1': Row(smoothing=.1), 'ema': Row(ema=.999), 'vocab-4k': Row(vocab=4000),
         'plain': replace(SMALL, n_kv_heads=8, qk_norm=False, dropout=0., word_drop=0., optimizer='adamw', rate=2e-3, decay=.1, batch=8),
-        **{f'few{n or ""}': replace(FEW, seed=n) for n in range(4)}, **{f'few-{name}': replace(FEW, **change) for name, change in {
+        'few': FEW, **{f'few-{name}': replace(FEW, **change) for name, change in {
             **{f'wd-{d:g}': dict(decay=d) for d in (.1, .5, 3.)}, **{f'dropout-{p:g}': dict(dropout=p) for p in (0., .2, .3)}, **{f'rate-{r:g}': dict(rate=r) for r in (2.5e-3, 1e-2)},
             **{f'adamw-{r:g}': dict(optimizer='adamw', rate=r, decay=.1) for r in (1e-3, 2e-3, 4e-3)}, 'adamw-wd-1.5': dict(optimizer='adamw', rate=2e-3),
             'word-.1': dict(word_drop=.1), 'attention-.1': dict(attn_dropout=.1), 'layer-.1': dict(layer_drop=.1), 'replace-.1': dict(replace=.1), 'mask-.1': dict(mask=.1), 'smoothing-.1': dict(smoothing=.1),
             'reshuffle': dict(reshuffle=True), 'bpe-.1': dict(bpe_dropout=.1), 'ema': dict(ema=.99), 'ema-floor-.3': dict(ema=.99, floor=.3), 'no-qk-norm': dict(qk_norm=False), 'values': dict(values=True),
             **{f'decay-{c}': dict(decay_course=c) for c in ('rising', 'falling')}, 'T-128': dict(seq_len=128, batch=16), 'T-512': dict(seq_len=512, batch=4), 'vocab-4k': dict(vocab=4000), 'batch-4': dict(batch=4), 'batch-16': dict(batch=16), 'wide': dict(d_model=192, n_heads=6, n_kv_heads=6, d_ff=576), 'untied': dict(tie_embeddings=False),
-            'again': dict(teachers=('few',), seed=1), 'taught': dict(teachers=('few', 'few1', 'few2', 'few3'), seed=4), 'ensemble': dict(ensemble=('few', 'few1', 'few2', 'few3'))}.items()},
+            'again': dict(teachers=('few',), seed=1), 'taught': dict(teachers=('few', 'few@1', 'few@2', 'few@3'), seed=4), 'ensemble': dict(ensemble=('few', 'few@1', 'few@2', 'few@3'))}.items()},
         'small': SMALL, **{f'small-wd-{d:g}': replace(SMALL, decay=d) for d in (.1, .5, 1.5, 6.)}, **{f'small-dropout-{p:g}': replace(SMALL, dropout=p) for p in (0., .2)},
         **{f'small-{name}': replace(SMALL, **change) for name, change in {'word-0': dict(word_drop=0.), 'layer-.1': dict(layer_drop=.1), 'replace-.1': dict(replace=.1), 'smoothing-.1': dict(smoothing=.1), 'ema': dict(ema=.999), 'vocab-4k': dict(vocab=4000),
            'rate-1e-2': dict(rate=1e-2, decay=1.5), 'T-512': dict(seq_len=512, batch=16), 'attention-.1': dict(attn_dropout=.1), 'no-qk-norm': dict(qk_norm=False), 'adamw': dict(optimizer='adamw', rate=1e-3)}.items()},
-        **{f'final{n or ""}': Row(decay=2.5, dropout=.25, final=True, seed=n) for n in range(4)}, 'final-ensemble': Row(ensemble=('final', 'final1', 'final2', 'final3'), final=True),
-        'final-distilled': Row(decay=2.5, dropout=.25, final=True, teachers=('final', 'final1', 'final2', 'final3'))}
+        'final': Row(decay=2.5, dropout=.25, final=True), 'final-ensemble': Row(ensemble=('final', 'final@1', 'final@2', 'final@3'), final=True),
+        'final-distilled': Row(decay=2.5, dropout=.25, final=True, teachers=('final', 'final@1', 'final@2', 'final@3'))}
 
 
 # ---- the model and its optimizer ----
@@ -311,9 +311,10 @@ def one(a, name):
 # ---- all of them ----
 
 def chosen(a, name):
-    "A row as it is run here"
-    row = replace(ROWS[name], **MINI) if a.mini else ROWS[name]
-    return replace(row, final=row.final or a.final)
+    "The row of a name; `NAME@1` is that of another seed"
+    base, _, seed = name.partition('@')
+    row = replace(ROWS[base], seed=int(seed or ROWS[base].seed))
+    return replace(row, **MINI) if a.mini else row
 
 
 def read(path): return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -325,15 +326,30 @@ def write(a, row):
     print(table([row]).splitlines()[-1], flush=True)
 
 
+def several(values, form):
+    "Their mean; of several seeds also the deviation of one"
+    spread = f' ± {statistics.stdev(values):{form}}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):{form}}{spread}'
+
+
+def seeds(rows):
+    "Rows that differ in their seed alone, together"
+    together = {}
+    for r in rows: together.setdefault(r['row'].partition('@')[0], []).append(r)
+    return together
+
+
 def table(rows):
-    "Rows as Markdown"
-    lines = ['| row | on | parameters | epochs | bits per byte, blocks | sliding window | words, blocks | sliding window | tokens, blocks | dynamic, words | training loss | seconds | tokens/s |', '|---'*13 + '|']
-    for r in rows:
-        b, w = r.get('blocks', {}), r['window']
-        best = min((d['word_perplexity'] for d in r.get('dynamic', {}).values()), default=None)
-        cells = [f"{b['bits_per_byte']:.4f}" if b else '', f"{w['bits_per_byte']:.4f}", f"{b['word_perplexity']:.2f}" if b else '', f"{w['word_perplexity']:.2f}", f"{b['perplexity']:.2f}" if b else '', f'{best:.2f}' if best else '']
-        facts = [f"{r['train_loss']:.3f}", f"{r['seconds']:,.0f}", f"{r['tokens_per_second']:,}"] if b else ['']*3
-        lines.append(f"| {r['row']} | {'valid' if r['settings']['final'] else 'split'} | {r.get('parameters', 0)/1e6:.1f} M | {r.get('epochs', '')} | {' | '.join(cells + facts)} |")
+    "Rows as Markdown, the seeds of a row in one"
+    lines = ['| row | seeds | on | parameters | epochs | bits per byte, blocks | sliding window | words, blocks | sliding window | tokens, blocks | dynamic, words | training loss | seconds | tokens/s |', '|---'*14 + '|']
+    for name, same in seeds(rows).items():
+        def said(form, *path):
+            values = [v for r in same if (v := functools.reduce(lambda at, key: at and at.get(key), path, r)) is not None]
+            return several(values, form) if values else ''
+        for r in same: r['best_dynamic'] = min((d['word_perplexity'] for d in r.get('dynamic', {}).values()), default=None)
+        cells = [said('.4f', 'blocks', 'bits_per_byte'), said('.4f', 'window', 'bits_per_byte'), said('.2f', 'blocks', 'word_perplexity'), said('.2f', 'window', 'word_perplexity'), said('.2f', 'blocks', 'perplexity'),
+                 said('.2f', 'best_dynamic'), said('.3f', 'train_loss'), said(',.0f', 'seconds'), said(',.0f', 'tokens_per_second')]
+        lines.append(f"| {name} | {len(same)} | {'valid' if same[0]['settings']['final'] else 'split'} | {same[0].get('parameters', 0)/1e6:.1f} M | {said('g', 'epochs')} | {' | '.join(cells)} |")
     return '\n'.join(lines)
 
 

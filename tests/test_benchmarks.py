@@ -1,6 +1,7 @@
 "Every benchmark can still be begun: what it imports is there, and its help says what it is for; those beside others are run in miniature"
 import json, os, runpy, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 import pytest
 
 FOLDER = Path(__file__).parents[1]/'benchmarks'
@@ -135,7 +136,7 @@ def test_a_small_text_learned_in_several_ways(run, tmp_path, monkeypatch):
     assert first['epochs'] == 1 == len(first['curve']) and 1 < first['blocks']['bits_per_byte'] < 8 and first['window'] != first['blocks']
     import numpy as np
     nats = np.load(tmp_path/'work'/'final.npy')
-    for n in (1, 2, 3): np.save(tmp_path/'work'/f'final{n}.npy', nats + n/10)
+    for n in (1, 2, 3): np.save(tmp_path/'work'/f'final@{n}.npy', nats + n/10)
     together = rows('final,final-ensemble')[1:]
     gain = -np.log(np.mean(np.exp([-.1*n for n in range(4)])))*len(nats)/np.log(2)/4000
     assert [r['row'] for r in together] == ['final-ensemble'] and abs(together[0]['window']['bits_per_byte'] - first['window']['bits_per_byte'] - gain) < 1e-4
@@ -147,6 +148,16 @@ def q(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     import quality
     return quality
+
+
+def test_seeds_of_a_row(q):
+    "`NAME@2` differs in its seed alone; the table has their mean and the deviation of one"
+    from dataclasses import replace
+    plain = SimpleNamespace(mini=False)
+    assert q.chosen(plain, 'few@2') == replace(q.FEW, seed=2) and q.chosen(plain, 'few') == q.FEW
+    def row(name, bits): return dict(row=name, settings=dict(final=False), parameters=1_250_000, epochs=3.5, window=dict(bits_per_byte=bits, word_perplexity=9.), train_loss=2.)
+    lines = q.table([row('few', 1.), row('other', 3.), row('few@1', 1.2), row('few@2', 1.4)]).splitlines()[2:]
+    assert lines[0].startswith('| few | 3 | split | 1.2 M | 3.5 ± 0 |  | 1.2000 ± 0.2000 |  | 9.00 ± 0.00 |') and lines[1].startswith('| other | 1 | split | 1.2 M | 3.5 |  | 3.0000 |')
 
 
 def test_a_text_told_anew(q, tmp_path):
@@ -207,9 +218,9 @@ def test_advice_in_miniature(run, tmp_path):
     "Every run leaves a row, and rows that stand are not run again"
     out, _ = run('advice.py', '--mini', '--results', str(tmp_path/'rows.jsonl'))
     rows = [json.loads(line) for line in (tmp_path/'rows.jsonl').read_text().splitlines()]
-    assert len(rows) == 7 == len({r['run'] for r in rows}) and all(r['steps'] > 5 and r['best'] < 6 for r in rows)
+    assert len(rows) == 11 == len({r['run'] for r in rows}) and all(r['steps'] > 5 and r['best'] < 6 for r in rows)
     again, _ = run('advice.py', '--mini', '--results', str(tmp_path/'rows.jsonl'))
-    assert again.splitlines() == out.splitlines()[-len(again.splitlines()):] and len(again.splitlines()) == 9
+    assert again.splitlines() == out.splitlines()[-len(again.splitlines()):] and len(again.splitlines()) == 13
 
 
 @pytest.fixture
