@@ -214,12 +214,12 @@ def test_values_of_the_first_layer(q):
     assert second.mix.grad.abs() > 0 and model.n_params() == q.Student(replace(row, values=False)).n_params() + 1
 
 
-def test_advice_in_miniature(run, tmp_path):
+def test_troubleshooting_in_miniature(run, tmp_path):
     "Every run leaves a row, and rows that stand are not run again"
-    out, _ = run('advice.py', '--mini', '--results', str(tmp_path/'rows.jsonl'))
+    out, _ = run('troubleshooting.py', '--mini', '--results', str(tmp_path/'rows.jsonl'))
     rows = [json.loads(line) for line in (tmp_path/'rows.jsonl').read_text().splitlines()]
     assert len(rows) == 11 == len({r['run'] for r in rows}) and all(r['steps'] > 5 and r['best'] < 6 for r in rows)
-    again, _ = run('advice.py', '--mini', '--results', str(tmp_path/'rows.jsonl'))
+    again, _ = run('troubleshooting.py', '--mini', '--results', str(tmp_path/'rows.jsonl'))
     assert again.splitlines() == out.splitlines()[-len(again.splitlines()):] and len(again.splitlines()) == 13
 
 

@@ -1,7 +1,7 @@
-"""What helps a run that disappoints?  `python benchmarks/advice.py [--results FILE] [--table] [--mini]`
+"""What helps a run that disappoints?  `python benchmarks/troubleshooting.py [--results FILE] [--table] [--mini]`
 
 Runs of a small model on 60,000 characters of the English that every Python carries, judged by the 30,000 that follow: with the settings of `plain` and of `small-data`, slow and fast, stopped early or not. Each differs from another in one thing.
-Rows that stand in the results file are not run again; `--table` prints what there is. `nbs/advice.ipynb` tells what follows from it."""
+Rows that stand in the results file are not run again; `--table` prints what there is. `nbs/troubleshooting.ipynb` tells what follows from it."""
 import argparse, json, tempfile, time
 from pathlib import Path
 from continual_llm.bench import machine_line
@@ -45,7 +45,7 @@ def table(rows):
 def main():
     "Run what is missing; print the table"
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--results', type=Path, default=Path('checkpoints/advice.jsonl'), help='one line of JSON a run')
+    p.add_argument('--results', type=Path, default=Path('checkpoints/troubleshooting.jsonl'), help='one line of JSON a run')
     p.add_argument('--table', action='store_true', help='print what there is, and run nothing')
     p.add_argument('--mini', action='store_true', help='everything in miniature')
     a = p.parse_args()
