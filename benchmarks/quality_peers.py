@@ -138,6 +138,7 @@ def litgpt(setting, ids, steps, clock, folder):
         setup('ours', config, folder, precision, data=Text(), train=train, eval=EvalArgs(interval=10*steps, max_iters=2, final_validation=False), optimizer=adamw, devices=1, logger_name='csv', seed=0)
     model, saved = GPT(config), torch.load(folder/'final'/'lit_model.pth', weights_only=False)
     model.load_state_dict(saved['model'])
+    model.transformer.wte.weight = model.lm_head.weight  # as they were trained; the file has both
     return model, model, collate.steps()
 
 
@@ -161,7 +162,7 @@ def peer(a, name, setting, ids):
     begun = time.perf_counter()
     model, logits, took = train(setting, ids, steps, clock, folder)
     tokens = steps*setting.batch*setting.seq_len
-    return model, logits, dict(setting=asdict(setting), parameters=sum({p.data_ptr(): p.numel() for p in model.parameters()}.values()), steps=steps, epochs=round(tokens/len(ids), 2), pace=round(pace, 4),
+    return model, logits, dict(setting=asdict(setting), parameters=sum(p.numel() for p in model.parameters()), steps=steps, epochs=round(tokens/len(ids), 2), pace=round(pace, 4),
                                trained=round(statistics.mean(took)*steps, 1), passed=round(time.perf_counter()-begun, 1), tokens_per_second=round(tokens/steps/statistics.mean(took)), library=version(LIBRARY[name]))
 
 
