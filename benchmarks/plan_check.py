@@ -3,9 +3,10 @@
 FOLDER holds `train.txt` and `valid.txt` of WikiText-2. Each job is planned in a process of its own, then carried out by the planned settings in another one, for as many epochs as fit into the minutes. Kept are the time of its training, the most
 memory that the system saw, and what stands in its folder, beside what was foretold. One thread; times are the processor's, which does not count other programs, or those of the clock on the wall, which does. Rows that stand in the results are not made
 again; `--mini` does all of it in miniature."""
-import argparse, json, os, resource, subprocess, sys, tempfile, time
+import argparse, json, os, subprocess, sys, tempfile, time
 from functools import partial
 from pathlib import Path
+from prepare_memory import peak
 
 JOBS = [dict(config=config, optimizer=optimizer, validation=validation, kilobytes=kilobytes, clock=clock) for config, optimizer, validation, kilobytes, clock in [
     ('tiny', 'adamw', 'split', 2000, 'processor'), ('tiny', 'muon', 'own file', 2000, 'processor'), ('small', 'adamw', 'own file', 500, 'processor'), ('small', 'muon', 'split', 500, 'processor'),
@@ -35,7 +36,7 @@ def was(options, found, clock):
     train.fit = watched
     run = train.pretrain(**options, epochs=found['epochs'], max_steps=found['steps'])
     files = {p.stat().st_ino: p.stat().st_size for p in run.folder.rglob('*.pt')}  # a checkpoint with two names counts once
-    return dict(seconds=took[0], memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024),
+    return dict(seconds=took[0], memory=peak(),
                 disk=sum(files.values()), stopped=run.stopped, steps=run.history.column('step', 'step')[-1] + 1)
 
 
