@@ -82,21 +82,25 @@ FEW = Row(share=.05, vocab=2000, d_model=128, n_layers=5, n_heads=4, n_kv_heads=
 SMALL = Row(d_model=256, n_layers=6, n_heads=8, n_kv_heads=2, d_ff=768, seq_len=256, dropout=.1, decay=3., epochs=30)  # about the preset
 MINI = dict(vocab=500, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=48, seq_len=32, batch=4, epochs=1)
 
-ROWS = {'base': Row(attn_dropout=.1), 'wd-1.5': Row(attn_dropout=.1, decay=1.5), 'wd-3': Row(attn_dropout=.1, decay=3.), 'dropout-.35': Row(attn_dropout=.1, dropout=.35), 'dropout-0': Row(dropout=0.), 'attention-0': Row(),
-        'wide': Row(d_model=768, n_heads=12, n_kv_heads=12, d_ff=2304), 'word-0': Row(word_drop=0.), 'layer-.1': Row(layer_drop=.1), 'replace-.1': Row(replace=.1), 'smoothing-.1': Row(smoothing=.1), 'ema': Row(ema=.999), 'vocab-4k': Row(vocab=4000),
+CHANGES = { # each by itself, to a family of rows
+    **{f'wd-{d:g}': dict(decay=d) for d in (.1, .5, 1., 1.5, 2., 3., 6.)}, **{f'decay-{c}': dict(decay_course=c) for c in ('rising', 'falling')}, **{f'dropout-{p:g}': dict(dropout=p) for p in (0., .1, .2, .3)}, 'attention-.1': dict(attn_dropout=.1),
+    'word-0': dict(word_drop=0.), 'word-.1': dict(word_drop=.1), 'layer-.1': dict(layer_drop=.1), 'replace-.1': dict(replace=.1), 'mask-.1': dict(mask=.1), 'smoothing-.1': dict(smoothing=.1), 'reshuffle': dict(reshuffle=True), 'bpe-.1': dict(bpe_dropout=.1),
+    'ema': dict(ema=.99), 'ema-.999': dict(ema=.999), 'ema-floor-.3': dict(ema=.99, floor=.3), 'no-qk-norm': dict(qk_norm=False), 'values': dict(values=True), 'untied': dict(tie_embeddings=False), **{f'vocab-{n}k': dict(vocab=1000*n) for n in (2, 4, 8)},
+    **{f'rate-{r:g}': dict(rate=r) for r in (2.5e-3, 1e-2)}, **{f'adamw-{r:g}': dict(optimizer='adamw', rate=r, decay=.1) for r in (1e-3, 2e-3, 4e-3)}, 'adamw-wd-1.5': dict(optimizer='adamw', rate=2e-3, decay=1.5)}
+
+
+def family(name, row, **more):
+    "A row with each change, its twins of half and twice the length or step, and what is learned from it"
+    T, B, mean = row.seq_len, row.batch, tuple(f'{name}{seed}' for seed in ('', '@1', '@2', '@3'))
+    sizes = {f'T-{T//2}': dict(seq_len=T//2, batch=2*B), f'T-{2*T}': dict(seq_len=2*T, batch=B//2), f'batch-{B//2}': dict(batch=B//2), f'batch-{2*B}': dict(batch=2*B)}
+    others = {'again': dict(teachers=(name,), seed=1), 'taught': dict(teachers=mean, seed=4), 'ensemble': dict(ensemble=mean)}
+    return {name: row, **{f'{name}-{what}': replace(row, **change) for what, change in {**CHANGES, **sizes, **others, **more}.items()}}
+
+
+ROWS = {'base': Row(attn_dropout=.1), 'wd-1.5': Row(attn_dropout=.1, decay=1.5), 'wd-3': Row(attn_dropout=.1, decay=3.), 'dropout-.35': Row(attn_dropout=.1, dropout=.35),
         'plain': replace(SMALL, n_kv_heads=8, qk_norm=False, dropout=0., word_drop=0., optimizer='adamw', rate=2e-3, decay=.1, batch=8),
-        'few': FEW, **{f'few-{name}': replace(FEW, **change) for name, change in {
-            **{f'wd-{d:g}': dict(decay=d) for d in (.1, .5, 3.)}, **{f'dropout-{p:g}': dict(dropout=p) for p in (0., .2, .3)}, **{f'rate-{r:g}': dict(rate=r) for r in (2.5e-3, 1e-2)},
-            **{f'adamw-{r:g}': dict(optimizer='adamw', rate=r, decay=.1) for r in (1e-3, 2e-3, 4e-3)}, 'adamw-wd-1.5': dict(optimizer='adamw', rate=2e-3),
-            'word-.1': dict(word_drop=.1), 'attention-.1': dict(attn_dropout=.1), 'layer-.1': dict(layer_drop=.1), 'replace-.1': dict(replace=.1), 'mask-.1': dict(mask=.1), 'smoothing-.1': dict(smoothing=.1),
-            'reshuffle': dict(reshuffle=True), 'bpe-.1': dict(bpe_dropout=.1), 'ema': dict(ema=.99), 'ema-floor-.3': dict(ema=.99, floor=.3), 'no-qk-norm': dict(qk_norm=False), 'values': dict(values=True),
-            **{f'decay-{c}': dict(decay_course=c) for c in ('rising', 'falling')}, 'T-128': dict(seq_len=128, batch=16), 'T-512': dict(seq_len=512, batch=4), 'vocab-4k': dict(vocab=4000), 'batch-4': dict(batch=4), 'batch-16': dict(batch=16), 'wide': dict(d_model=192, n_heads=6, n_kv_heads=6, d_ff=576), 'untied': dict(tie_embeddings=False),
-            'again': dict(teachers=('few',), seed=1), 'taught': dict(teachers=('few', 'few@1', 'few@2', 'few@3'), seed=4), 'ensemble': dict(ensemble=('few', 'few@1', 'few@2', 'few@3'))}.items()},
-        'small': SMALL, **{f'small-wd-{d:g}': replace(SMALL, decay=d) for d in (.1, .5, 1.5, 6.)}, **{f'small-dropout-{p:g}': replace(SMALL, dropout=p) for p in (0., .2)},
-        **{f'small-{name}': replace(SMALL, **change) for name, change in {'word-0': dict(word_drop=0.), 'layer-.1': dict(layer_drop=.1), 'replace-.1': dict(replace=.1), 'smoothing-.1': dict(smoothing=.1), 'ema': dict(ema=.999), 'vocab-4k': dict(vocab=4000),
-           'rate-1e-2': dict(rate=1e-2, decay=1.5), 'T-512': dict(seq_len=512, batch=16), 'attention-.1': dict(attn_dropout=.1), 'no-qk-norm': dict(qk_norm=False), 'adamw': dict(optimizer='adamw', rate=1e-3)}.items()},
-        'final': Row(decay=2.5, dropout=.25, final=True), 'final-ensemble': Row(ensemble=('final', 'final@1', 'final@2', 'final@3'), final=True),
-        'final-distilled': Row(decay=2.5, dropout=.25, final=True, teachers=('final', 'final@1', 'final@2', 'final@3'))}
+        **family('few', FEW, wide=dict(d_model=192, n_heads=6, n_kv_heads=6, d_ff=576)), **family('small', SMALL), **family('large', Row(decay=1.5, word_drop=0., epochs=16), wide=dict(d_model=768, n_heads=12, n_kv_heads=12, d_ff=2304)),
+        **family('final', Row(decay=2.5, dropout=.25, final=True))}
 
 
 # ---- the model and its optimizer ----
@@ -372,7 +376,7 @@ def main():
     "Run what is missing; print the table"
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', type=Path, help='folder with `train.txt` and `valid.txt`')
-    p.add_argument('--rows', default='small', help=f"which, with commas between them: {', '.join(ROWS)}")
+    p.add_argument('--rows', default='small', help=f"which, with commas between them: {', '.join(n for n in ROWS if n in ('base', 'wd-1.5', 'wd-3', 'dropout-.35', 'plain', 'few', 'small', 'large', 'final'))}; of the last four also NAME-CHANGE, with one of {', '.join(n.removeprefix('few-') for n in ROWS if n.startswith('few-'))}")
     p.add_argument('--minutes', type=float, default=0., help='of training for each row (default: the epochs of the row)')
     p.add_argument('--device', default='auto')
     p.add_argument('--compile', action='store_true')
