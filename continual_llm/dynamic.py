@@ -34,11 +34,12 @@ def step_on(
     weights, # tensors, changed in place
     trained, # where they began, and are pulled back to
     grads,   # of the loss, one for each
-    rate:float,  # gradients are taken times this; 0 moves nothing
+    rate:float,  # share of its trained size by which each tensor moves; 0 moves nothing
     decay:float, # share of the way back that is gone
 )->None:
     "One step against the gradients, and a little of the way back"
-    torch._foreach_add_(weights, grads, alpha=-rate)
+    sizes, lengths = torch._foreach_norm(trained), torch._foreach_norm(grads)
+    for w, g, size, length in zip(weights, grads, sizes, lengths): w.sub_(g * (rate*size/length.clamp(min=1e-30)))
     torch._foreach_lerp_(weights, trained, decay)
 
 # %% ../nbs/10a_dynamic.ipynb #a4f334bf
@@ -55,14 +56,14 @@ def borrowed(
         with torch.no_grad(): torch._foreach_copy_(weights, trained)
 
 # %% ../nbs/10a_dynamic.ipynb #b570d16d
-RATE, DECAY, STRETCH = .03, 1e-3, 64  # found on WikiText-2, see below
+RATE, DECAY, STRETCH = 1e-3, 1e-3, 64  # found on WikiText-2, see below
 
 def dynamic_nats(
     model,                  # a `ContinualLLM`
     ids,                    # token ids of a text, (N,): an array or a list
     context:int=0,          # most tokens a prediction sees; 0 takes the model's `max_seq_len`
     stride:int=0,           # tokens that are predicted, then learned from at once; 0 takes 64
-    rate:float=RATE,        # of the gradient steps; 0 keeps the weights still
+    rate:float=RATE,        # share of its size by which each weight moves after a stretch; 0 keeps them still
     decay:float=DECAY,      # share of the way back to the trained weights after each step, in [0, 1]
     bos_id:int=1,           # stands before the first token
     precision:str='fp32',   # or `bf16`

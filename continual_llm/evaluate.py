@@ -102,7 +102,7 @@ def evaluate(
     stride:int=0,               # tokens newly predicted per window; 0 means plain blocks, with `dynamic` stretches of 64
     batch_size:int=8,           # windows at once; with `dynamic` always 1
     dynamic:bool=False,         # let the model learn from each stretch of `stride` tokens once it has predicted it?
-    dynamic_rate:float=RATE,    # of these gradient steps; 0 keeps the weights still
+    dynamic_rate:float=RATE,    # share of its size by which each weight moves then; 0 keeps them still
     dynamic_decay:float=DECAY,  # share of the way back to the trained weights after each step, in [0, 1]
     device:str='auto',          # `auto`, `cuda`, `mps` or `cpu`
     precision:str='auto',       # `auto`, `fp32` or `bf16`

@@ -56,6 +56,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp('fsdp')
     (home/'text.txt').write_text('\n'.join(TEXT.split('\n')[:316]))
     (home/'command.py').write_text(COMMAND)
+    (home/'untied.yaml').write_text('d_model: 64\nn_layers: 2\nn_heads: 4\nn_kv_heads: 2\nd_ff: 96\ntie_embeddings: false\n')
     train_tokenizer(home/'text.txt', vocab_size=300, save=home/'tok')
     go(home, 'one', start=())
     in_two(home)
@@ -158,7 +159,6 @@ FEW = dict(config='tiny', batch_size=1, grad_accumulation=4, max_seq_len=32, lea
 
 def with_muon(home, name, **more):
     "Muon, multiplying in fp32, since bfloat16 would round apart what differs in the last bit; a head of its own, layers computed again, gradients always shortened"
-    (home/'untied.yaml').write_text('d_model: 64\nn_layers: 2\nn_heads: 4\nn_kv_heads: 2\nd_ff: 96\ntie_embeddings: false\n')
     with patch('continual_llm.optim.multiplies_bf16', return_value=False):
         return pretrain(home/'text.txt', tokenizer=str(home/'tok'), cache=str(home/'cache'), save_dir=str(home/name),
                         **{**FEW, 'config': str(home/'untied.yaml')}, optimizer='muon', recompute=True, max_grad_norm=.05, max_steps=4, eval_every=2, **more)
