@@ -78,7 +78,7 @@ class Row:
 
 
 COURSES = dict(even=lambda done: 1., rising=lambda done: 2*done, falling=lambda done: 2 - 2*done)  # share of the steps behind us -> what the decay is multiplied by; the rate, which it is taken times, falls besides
-FEW = Row(share=.05, vocab=2000, d_model=128, n_layers=5, n_heads=4, n_kv_heads=4, d_ff=384, seq_len=256, dropout=.1, word_drop=0., decay=1.5, epochs=12, batch=8)  # a twentieth of the text, and about as many numbers to a token as `wd-1.5`: for a CPU
+FEW = Row(share=.05, vocab=2000, d_model=128, n_layers=5, n_heads=4, n_kv_heads=4, d_ff=384, seq_len=256, dropout=.1, word_drop=0., decay=1.5, epochs=12, batch=8)  # a twentieth of the text, and eight numbers to a token where `wd-1.5` has thirteen: for a CPU
 SMALL = Row(d_model=256, n_layers=6, n_heads=8, n_kv_heads=2, d_ff=768, seq_len=256, dropout=.1, decay=3., epochs=30)  # about the preset
 MINI = dict(vocab=500, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=48, seq_len=32, batch=4, epochs=1)
 

@@ -10,7 +10,7 @@ __all__ = ['SIZES', 'PER_ROOT', 'PER_TOKEN', 'SMALL', 'PLAIN', 'ENOUGH', 'AT_ONE
            'choose', 'plan']
 
 # %% ../nbs/12h_plan.ipynb #7072d8ed
-import math, shlex, tempfile, time
+import inspect, math, shlex, tempfile, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
@@ -230,8 +230,11 @@ def command_line(
     given:dict, # options of `pretrain`, by name
 )->str:
     "What to type for them"
-    words = [f"--{k}" + ('' if v is True else f" {shlex.quote(str(v))}") for k, v in given.items() if v is not None and v is not False]
-    return ' '.join(['continual-llm pretrain', *words])
+    known = inspect.signature(pretrain).parameters
+    def said(k, v):
+        if v is False: return f"--no-{k}" if known[k].default is None else ''  # off is the default of the others
+        return f"--{k}" + ('' if v is True else f" {shlex.quote(str(v))}")
+    return ' '.join(['continual-llm pretrain', *filter(None, (said(k, v) for k, v in given.items() if v is not None))])
 
 # %% ../nbs/12h_plan.ipynb #71dcab73
 FRESH = 4 # epochs up to which a text read again is nearly as good as a new one

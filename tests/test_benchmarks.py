@@ -182,12 +182,12 @@ def test_a_text_told_anew(q, tmp_path):
 
 
 def test_a_guided_optimizer(q):
-    "The decay takes its course and the mean follows the weights, by hand: decays of 0, 0.5 and 1; a mean that keeps nine tenths, once it is old enough"
+    "The decay takes its course and the mean follows the weights, by hand: shares of 0, two and four thirds of the decay; a mean that keeps six tenths, once it is old enough"
     import torch
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(model.weight)
     opt = q.Guided(torch.optim.SGD(model.parameters(), lr=.1, weight_decay=.5), model, .6, q.COURSES['rising'], 3)
-    weights, seen = [1.], []
+    weights = [1.]
     for step in range(3):
         model.weight.grad = torch.zeros(1, 1)
         opt.step()
@@ -202,9 +202,10 @@ def test_a_guided_optimizer(q):
 
 
 def test_values_of_the_first_layer(q):
-    "Half of each layer's values are the first layer's when training begins; the model trains and writes"
+    "Half of each layer's values are the first layer's when training begins; the model trains, and reads token by token what it reads at once"
     import torch
     from dataclasses import replace
+    from continual_llm.attention import KVCache
     row = replace(q.FEW, **dict(q.MINI, n_layers=2), values=True)
     model, ids = q.Student(row), torch.arange(12).view(1, 12)
     first, second = [b.attn for b in model.blocks]
@@ -212,6 +213,10 @@ def test_values_of_the_first_layer(q):
     own = q.Attention.heads(second, x := torch.randn(1, 12, 32), model.cos[:12], model.sin[:12])[2]
     torch.testing.assert_close(second.heads(x, model.cos[:12], model.sin[:12])[2], (own + first.seen)/2)
     assert second.mix.grad.abs() > 0 and model.n_params() == q.Student(replace(row, values=False)).n_params() + 1
+    cache, whole = KVCache(row.shape, 1), model.eval()(ids)
+    for i in range(12):
+        torch.testing.assert_close(model(ids[:, i:i+1], cache)[:, 0], whole[:, i], rtol=1e-4, atol=1e-5)
+        cache.advance(1)
 
 
 def test_troubleshooting_in_miniature(run, tmp_path):
