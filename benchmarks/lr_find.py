@@ -4,14 +4,10 @@ FOLDER holds `train.txt` and `valid.txt` of WikiText-2. For each optimizer: a ra
 results are not made again."""
 import argparse, json, tempfile
 from pathlib import Path
+from speed import read
 from continual_llm.lr_find import lr_find
 from continual_llm.tokenizer import train_tokenizer
 from continual_llm.train import pretrain
-
-
-def kept(a):
-    "What was measured before"
-    return [json.loads(line) for line in a.results.read_text().splitlines()] if a.results.exists() else []
 
 
 def keep(a, **row):
@@ -21,7 +17,7 @@ def keep(a, **row):
 
 def measure(a, work):
     "The rows that are missing"
-    have = {(r['kind'], r['optimizer'], r.get('rate')) for r in kept(a)}
+    have = {(r['kind'], r['optimizer'], r.get('rate')) for r in read(a.results)}
     wanted = [(kind, o, rate) for o in a.optimizers for kind, rate in [('test', None), *(('run', r) for r in a.rates)]]
     if all(w in have for w in wanted): return
     train, valid = [str(a.data/f'{name}.txt') for name in ('train', 'valid')]
@@ -57,7 +53,7 @@ def main():
     a = p.parse_args()
     if not a.table:
         with tempfile.TemporaryDirectory() as work: measure(a, work)
-    table(kept(a))
+    table(read(a.results))
 
 
 if __name__ == '__main__': main()

@@ -4,6 +4,8 @@ FOLDER holds `train.txt` and `valid.txt` of WikiText-2. A small model reads the 
 epochs; the epoch that was best is kept. A case is a model, the kB and the rate. An hour on one busy core; rows that stand in the results are not made again. `overfits_at` of `continual_llm.plan` was fitted to these rows."""
 import argparse, json, tempfile
 from pathlib import Path
+from plan_check import excerpt
+from speed import read
 from continual_llm.plan import overfits_at
 from continual_llm.tokenizer import train_tokenizer
 from continual_llm.train import pretrain
@@ -12,13 +14,6 @@ MODELS = dict(narrow=dict(d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=
               wide=dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=384, max_seq_len=128, dropout=.1))
 CASES = 'narrow:100:3e-3,wide:100:3e-3,narrow:300:3e-3,wide:300:3e-3,wide:100:1e-3,narrow:1000:3e-3'
 KEYS = 'model', 'kilobytes', 'rate'
-
-
-def excerpt(path, kilobytes, target):
-    "The beginning of a text, whole lines"
-    text = path.read_text()
-    target.write_text(text[:text.rindex('\n', 0, 1000*kilobytes) + 1])
-    return str(target)
 
 
 def measure(a, model, kilobytes, rate, work):
@@ -45,7 +40,7 @@ def main():
     p.add_argument('--results', type=Path, default=Path(__file__).parent/'overfit.jsonl')
     p.add_argument('--table', action='store_true', help='print what there is, and measure nothing')
     a = p.parse_args()
-    rows = [json.loads(line) for line in a.results.read_text().splitlines()] if a.results.exists() else []
+    rows = read(a.results)
     for case in () if a.table else a.cases.split(','):
         model, kilobytes, rate = case.split(':')
         case = model, int(kilobytes), float(rate)

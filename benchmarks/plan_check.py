@@ -7,6 +7,7 @@ import argparse, json, os, subprocess, sys, tempfile, time
 from functools import partial
 from pathlib import Path
 from prepare_memory import peak
+from speed import read
 
 JOBS = [dict(config=config, optimizer=optimizer, validation=validation, kilobytes=kilobytes, clock=clock) for config, optimizer, validation, kilobytes, clock in [
     ('tiny', 'adamw', 'split', 2000, 'processor'), ('tiny', 'muon', 'own file', 2000, 'processor'), ('small', 'adamw', 'own file', 500, 'processor'), ('small', 'muon', 'split', 500, 'processor'),
@@ -84,7 +85,7 @@ def main():
     if a.one:
         what, *given = json.loads(a.one)
         return print(json.dumps(dict(said=said, was=was)[what](*given)))
-    rows = [json.loads(line) for line in a.results.read_text().splitlines()] if a.results.exists() else []
+    rows = read(a.results)
     for job in () if a.table else MINI if a.mini else JOBS:
         if any(all(r[k] == v for k, v in job.items()) for r in rows): continue
         with tempfile.TemporaryDirectory() as work: rows.append(measure(a, job, Path(work)))

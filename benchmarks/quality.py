@@ -1,7 +1,7 @@
 """How good a language model do two million words give?  `python benchmarks/quality.py --data FOLDER --rows NAMES [--minutes 8] [--device cuda] [--compile] [--results FILE] [--table]`
 
 Rows differ in few settings each. FOLDER holds `train.txt` and `valid.txt` of WikiText-2. A row that tunes something learns from 95 % of `train.txt` and is judged by the other 5 %, whole articles of it; a row that is `final`
-learns from all of it and reads `valid.txt` when it is done. `NAME@1` is the row of another seed; the table has the mean of all seeds, and their spread. With `--minutes`, a row takes as many steps as fit into them, evaluations included, after some that are timed. Each row runs in a process of its own, `--jobs` of them at the same time, and keeps its weights, what
+learns from all of it and reads `valid.txt` once, when it is done (its curve is of the beginning of its own text). `NAME@1` is the row of another seed; the table has the mean of all seeds, and their spread. With `--minutes`, a row takes as many steps as fit into them, evaluations included, after some that are timed. Each row runs in a process of its own, `--jobs` of them at the same time, and keeps its weights, what
 every token cost it, and its line in the results; `ensemble` rows average the probabilities of others, and rows with `teachers` learn from them as well as from the text. Rows that stand in the results file are not run again; `--table` prints what there is.
 `--mini` rehearses everything in miniature."""
 import argparse, functools, json, os, statistics, subprocess, sys, time
@@ -13,6 +13,7 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch import nn
+from speed import read
 from continual_llm.attention import Attention
 from continual_llm.batches import Batches, resident
 from continual_llm.bench import machine_line
@@ -272,9 +273,10 @@ def learned(a, row, tok, train, val, device, precision):
     def loss_fn(model, micro):
         x, y = [t.to(device) for t in micro]
         return net(x, y), y.numel()
+    watched, most = (train, a.eval_tokens or len(val)) if row.final else (val, a.eval_tokens)  # `valid.txt` is not looked at before the end
     def evaluate(poll):
         opt.swap()
-        try: return score_tokens(model, val, tok, a.eval_tokens, batch_size=row.batch, precision=precision)
+        try: return score_tokens(model, watched, tok, most, batch_size=row.batch, precision=precision)
         finally: opt.swap()
     parts, history = Parts(batches, loss_fn, evaluate, lambda *_: {}), History()
     loop = LoopConfig(batches.steps_per_epoch, row.epochs, row.rate, 0, row.floor, early_stopping_patience=0, precision=precision, device=str(device), seed=row.seed)
@@ -319,9 +321,6 @@ def chosen(a, name):
     base, _, seed = name.partition('@')
     row = replace(ROWS[base], seed=int(seed or ROWS[base].seed))
     return replace(row, **MINI) if a.mini else row
-
-
-def read(path): return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def write(a, row):

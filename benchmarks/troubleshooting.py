@@ -4,6 +4,7 @@ Runs of a small model on 60,000 characters of the English that every Python carr
 Rows that stand in the results file are not run again; `--table` prints what there is. `nbs/troubleshooting.ipynb` tells what follows from it."""
 import argparse, json, tempfile, time
 from pathlib import Path
+from speed import read
 from continual_llm.bench import machine_line
 from continual_llm.core import pick_device
 from continual_llm.source import Source
@@ -49,7 +50,7 @@ def main():
     p.add_argument('--table', action='store_true', help='print what there is, and run nothing')
     p.add_argument('--mini', action='store_true', help='everything in miniature')
     a = p.parse_args()
-    rows = [json.loads(line) for line in a.results.read_text().splitlines()] if a.results.exists() else []
+    rows = read(a.results)
     a.results.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in [n for n in RUNS if not a.table and n not in {r['run'] for r in rows}]:

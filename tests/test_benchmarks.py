@@ -133,6 +133,7 @@ def test_a_small_text_learned_in_several_ways(run, tmp_path, monkeypatch):
         assert not e.value.code
         return [json.loads(line) for line in (tmp_path/'rows.jsonl').read_text().splitlines()]
     (first,) = rows('final')
+    assert first['curve'][-1] != round(first['blocks']['bits_per_byte'], 4)  # `valid.txt` is read at the end alone
     assert first['epochs'] == 1 == len(first['curve']) and 1 < first['blocks']['bits_per_byte'] < 8 and first['window'] != first['blocks']
     import numpy as np
     nats = np.load(tmp_path/'work'/'final.npy')
