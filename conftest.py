@@ -1,9 +1,11 @@
 "Pytest runs every page: each code cell is an item, run in order in one shell under nbdev's skip rules"
-import os, traceback
+import getpass, os, tempfile, traceback
+from pathlib import Path
 import pytest
 
 os.environ.setdefault('MPLBACKEND', 'agg')
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # the tests' models are tiny: a second thread would only wait
+os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(Path(tempfile.gettempdir())/f'torchinductor_{getpass.getuser()}'))  # one for all pages
 
 
 def pytest_collect_file(parent, file_path):
@@ -24,8 +26,8 @@ def _skipped(cell, flags):
 
 
 class Page(pytest.File):
-    "One notebook; its cells share a shell, made when the first one runs"
-    shell = broken = None
+    "One notebook; its cells share a shell and a folder for temporary files, made when the first one runs and gone after the last"
+    shell = broken = temp = None
 
     def collect(self):
         from execnb.nbio import read_nb
@@ -38,12 +40,21 @@ class Page(pytest.File):
     def run(self, source):
         if self.shell is None:
             from execnb.shell import CaptureShell
+            self.temp = tempfile.TemporaryDirectory(prefix='page-', ignore_cleanup_errors=True)
+            self.before = os.environ.get('TMPDIR'), tempfile.tempdir
+            os.environ['TMPDIR'] = tempfile.tempdir = self.temp.name
             self.shell = CaptureShell(self.path)
             self.shell.run_cell('%matplotlib inline')
         self.shell.run(source)
         return self.shell.exc
 
-    def teardown(self): self.shell = None
+    def teardown(self):
+        if self.shell is None: return
+        self.shell = None
+        before, tempfile.tempdir = self.before
+        if before is None: del os.environ['TMPDIR']
+        else: os.environ['TMPDIR'] = before
+        self.temp.cleanup()
 
 
 def _traceback(e):

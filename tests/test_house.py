@@ -1,5 +1,5 @@
 "The house rules: which page may import which, exports in sync, notebooks clean, a wheel that stands alone"
-import ast, json, os, re, shutil, subprocess, sys, zipfile
+import ast, json, os, re, shutil, subprocess, sys, tempfile, zipfile
 from importlib import metadata
 from pathlib import Path
 import nbformat
@@ -171,6 +171,19 @@ def test_slow_cells_are_passed_over(request):
     page = ROOT/'nbs'/'index.ipynb'
     assert any('#| slow' in s for s in cells(page))
     assert not [c.name for c in Page.from_parent(request.session, path=page).collect() if '#| slow' in c.source]
+
+
+def test_what_a_page_writes_aside_is_gone_with_it(request, tmp_path):
+    "Dozens of runs in folders that nobody removes fill a disk"
+    from conftest import Page
+    (tmp_path/'page.ipynb').write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
+    page, aside, there = Page.from_parent(request.session, path=tmp_path/'page.ipynb'), tmp_path/'aside', tempfile.gettempdir()
+    assert not page.run(f"import subprocess, sys, tempfile\nfrom pathlib import Path\nPath({str(aside)!r}).write_text(tempfile.mkdtemp() + '\\n' + "
+                        "subprocess.run([sys.executable, '-c', 'import tempfile; print(tempfile.mkdtemp())'], capture_output=True, text=True).stdout)")
+    made = [Path(line) for line in aside.read_text().split()]
+    assert len(made) == 2 and all(m.exists() and m.parent != Path(there) for m in made)
+    page.teardown()
+    assert not any(m.exists() for m in made) and tempfile.gettempdir() == there
 
 
 def test_home_page_names_every_page():
