@@ -1,7 +1,7 @@
 """How good a language model do two million words give?  `python benchmarks/quality.py --data FOLDER --rows NAMES [--minutes 8] [--device cuda] [--compile] [--results FILE] [--table]`
 
 Rows differ in few settings each. FOLDER holds `train.txt` and `valid.txt` of WikiText-2. A row that tunes something learns from 95 % of `train.txt` and is judged by the other 5 %, whole articles of it; a row that is `final`
-learns from all of it and reads `valid.txt` once, when it is done (its curve is of the beginning of its own text). `NAME@1` is the row of another seed; the table has the mean of all seeds, and their spread. With `--minutes`, a row takes as many steps as fit into them, evaluations included, after some that are timed. Each row runs in a process of its own, `--jobs` of them at the same time, and keeps its weights, what
+learns from all of it and reads `valid.txt` once, when it is done (its curve is of the beginning of its own text). `NAME@1` is the row of another seed; the table has the mean of all seeds, and their spread, and what a change to a family's first row is worth, seed against the same seed. With `--minutes`, a row takes as many steps as fit into them, evaluations included, after some that are timed. Each row runs in a process of its own, `--jobs` of them at the same time, and keeps its weights, what
 every token cost it, and its line in the results; `ensemble` rows average the probabilities of others, and rows with `teachers` learn from them as well as from the text. Rows that stand in the results file are not run again; `--table` prints what there is.
 `--mini` rehearses everything in miniature."""
 import argparse, functools, json, os, statistics, subprocess, sys, time
@@ -331,7 +331,7 @@ def write(a, row):
 
 def several(values, form):
     "Their mean; of several seeds also the deviation of one"
-    spread = f' ± {statistics.stdev(values):{form}}' if len(values) > 1 else ''
+    spread = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ''
     return f'{statistics.mean(values):{form}}{spread}'
 
 
@@ -342,15 +342,24 @@ def seeds(rows):
     return together
 
 
+def against(rows):
+    "Row -> its bits per byte in a sliding window against the first row of its family with the same seed, in per cent more or less"
+    bits = {r['row']: r['window']['bits_per_byte'] for r in rows}
+    def first(name): return name.partition('@')[0].partition('-')[0] + ''.join(name.partition('@')[1:])
+    return {name: 100*(b/bits[first(name)] - 1) for name, b in bits.items() if first(name) in bits and first(name) != name}
+
+
 def table(rows):
     "Rows as Markdown, the seeds of a row in one"
-    lines = ['| row | seeds | on | parameters | epochs | bits per byte, blocks | sliding window | words, blocks | sliding window | tokens, blocks | dynamic, words | training loss | seconds | tokens/s |', '|---'*14 + '|']
+    beside = against(rows)
+    lines = ['| row | seeds | on | parameters | epochs | bits per byte, blocks | sliding window | against the first row, % | words, blocks | sliding window | tokens, blocks | dynamic, words | training loss | seconds | tokens/s |', '|---'*15 + '|']
     for name, same in seeds(rows).items():
         def said(form, *path):
             values = [v for r in same if (v := functools.reduce(lambda at, key: at and at.get(key), path, r)) is not None]
             return several(values, form) if values else ''
+        for r in same: r['beside'] = beside.get(r['row'])
         for r in same: r['best_dynamic'] = min((d['word_perplexity'] for d in r.get('dynamic', {}).values()), default=None)
-        cells = [said('.4f', 'blocks', 'bits_per_byte'), said('.4f', 'window', 'bits_per_byte'), said('.2f', 'blocks', 'word_perplexity'), said('.2f', 'window', 'word_perplexity'), said('.2f', 'blocks', 'perplexity'),
+        cells = [said('.4f', 'blocks', 'bits_per_byte'), said('.4f', 'window', 'bits_per_byte'), said('+.2f', 'beside'), said('.2f', 'blocks', 'word_perplexity'), said('.2f', 'window', 'word_perplexity'), said('.2f', 'blocks', 'perplexity'),
                  said('.2f', 'best_dynamic'), said('.3f', 'train_loss'), said(',.0f', 'seconds'), said(',.0f', 'tokens_per_second')]
         lines.append(f"| {name} | {len(same)} | {'valid' if same[0]['settings']['final'] else 'split'} | {same[0].get('parameters', 0)/1e6:.1f} M | {said('g', 'epochs')} | {' | '.join(cells)} |")
     return '\n'.join(lines)

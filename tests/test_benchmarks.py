@@ -158,7 +158,10 @@ def test_seeds_of_a_row(q):
     assert q.chosen(plain, 'few@2') == replace(q.FEW, seed=2) and q.chosen(plain, 'few') == q.FEW
     def row(name, bits): return dict(row=name, settings=dict(final=False), parameters=1_250_000, epochs=3.5, window=dict(bits_per_byte=bits, word_perplexity=9.), train_loss=2.)
     lines = q.table([row('few', 1.), row('other', 3.), row('few@1', 1.2), row('few@2', 1.4)]).splitlines()[2:]
-    assert lines[0].startswith('| few | 3 | split | 1.2 M | 3.5 ± 0 |  | 1.2000 ± 0.2000 |  | 9.00 ± 0.00 |') and lines[1].startswith('| other | 1 | split | 1.2 M | 3.5 |  | 3.0000 |')
+    assert lines[0].startswith('| few | 3 | split | 1.2 M | 3.5 ± 0 |  | 1.2000 ± 0.2000 |  |  | 9.00 ± 0.00 |') and lines[1].startswith('| other | 1 | split | 1.2 M | 3.5 |  | 3.0000 |  |')
+    few = [row('few', 2.), row('few@1', 4.), row('few-wd-3', 2.2), row('few-wd-3@1', 4.8), row('few-ema@1', 3.9), row('few-untied@2', 1.), row('small-ema', 1.)]
+    assert {name: round(b, 9) for name, b in q.against(few).items()} == {'few-wd-3': 10., 'few-wd-3@1': 20., 'few-ema@1': -2.5}
+    assert [line.split(' | ')[7] for line in q.table(few).splitlines()[2:]] == ['', '+15.00 ± 7.07', '-2.50', '', '']
 
 
 def test_a_text_told_anew(q, tmp_path):
