@@ -4,7 +4,7 @@ Rows differ in few settings each. FOLDER holds `train.txt` and `valid.txt` of Wi
 learns from all of it and reads `valid.txt` once, when it is done (its curve is of the beginning of its own text). `NAME@1` is the row of another seed; the table has the mean of all seeds, and their spread, and what a change to a family's first row is worth, seed against the same seed. With `--minutes`, a row takes as many steps as fit into them, evaluations included, after some that are timed. Each row runs in a process of its own, `--jobs` of them at the same time, and keeps its weights, what
 every token cost it, and its line in the results; `ensemble` rows average the probabilities of others, and rows with `teachers` learn from them as well as from the text. Rows that stand in the results file are not run again; `--table` prints what there is.
 `--mini` rehearses everything in miniature."""
-import argparse, functools, json, os, statistics, subprocess, sys, time
+import argparse, functools, json, math, os, statistics, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -57,6 +57,7 @@ class Row:
     values:bool=False        # each layer's values mixed with the first layer's (Zhou et al. 2024); no Llama any more
     smoothing:float=0.       # of the target that all pieces share (Szegedy et al. 2016)
     ema:float=0.             # the model that is judged is a running mean of the weights that keeps this share at each step
+    late:float=0.            # or the mean of all weights after this share of the steps, the last ones (Izmailov et al. 2018)
     optimizer:str='muon'
     rate:float=5e-3          # at its peak
     decay:float=.5           # decoupled weight decay
@@ -86,7 +87,7 @@ MINI = dict(vocab=500, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=48,
 CHANGES = { # each by itself, to a family of rows
     **{f'wd-{d:g}': dict(decay=d) for d in (.1, .5, 1., 1.5, 2., 3., 6.)}, **{f'decay-{c}': dict(decay_course=c) for c in ('rising', 'falling')}, **{f'dropout-{p:g}': dict(dropout=p) for p in (0., .1, .2, .3)}, 'attention-.1': dict(attn_dropout=.1),
     'word-0': dict(word_drop=0.), 'word-.1': dict(word_drop=.1), 'layer-.1': dict(layer_drop=.1), 'replace-.1': dict(replace=.1), 'mask-.1': dict(mask=.1), 'smoothing-.1': dict(smoothing=.1), 'reshuffle': dict(reshuffle=True), 'bpe-.1': dict(bpe_dropout=.1),
-    'ema': dict(ema=.99), 'ema-.999': dict(ema=.999), 'ema-floor-.3': dict(ema=.99, floor=.3), 'no-qk-norm': dict(qk_norm=False), 'values': dict(values=True), 'untied': dict(tie_embeddings=False), **{f'vocab-{n}k': dict(vocab=1000*n) for n in (2, 4, 8)},
+    'ema': dict(ema=.99), 'ema-.999': dict(ema=.999), 'ema-floor-.3': dict(ema=.99, floor=.3), 'late-.1': dict(late=.1), 'late-.3-floor-.3': dict(late=.3, floor=.3), 'no-qk-norm': dict(qk_norm=False), 'values': dict(values=True), 'untied': dict(tie_embeddings=False), **{f'vocab-{n}k': dict(vocab=1000*n) for n in (2, 4, 8)},
     **{f'rate-{r:g}': dict(rate=r) for r in (2.5e-3, 1e-2)}, **{f'adamw-{r:g}': dict(optimizer='adamw', rate=r, decay=.1) for r in (1e-3, 2e-3, 4e-3)}, 'adamw-wd-1.5': dict(optimizer='adamw', rate=2e-3, decay=1.5)}
 
 
@@ -164,18 +165,20 @@ class Student(ContinualLLM):
 
 
 class Guided:
-    "An optimizer whose weight decay takes its course, and which keeps a running mean of the weights"
-    def __init__(self, opt, model, keep, course, total):
-        self.opt, self.keep, self.course, self.total, self.steps = opt, keep, course, total, 0
+    "An optimizer whose weight decay takes its course, and which keeps a running mean of the weights, or one of the late ones"
+    def __init__(self, opt, model, keep, late, course, total):
+        self.opt, self.keep, self.late, self.course, self.total, self.steps = opt, keep, late, course, total, 0
         self.now = list(model.parameters())
-        self.mean = [p.detach().clone() for p in self.now] if keep else []
+        self.mean = [p.detach().clone() for p in self.now] if keep or late else []
         self.decays = [g['weight_decay'] for g in opt.param_groups]
 
     def step(self):
         for g, decay in zip(self.opt.param_groups, self.decays): g['weight_decay'] = decay*self.course(self.steps/self.total)
         self.opt.step()
         self.steps += 1
-        if self.keep: torch._foreach_lerp_(self.mean, [p.detach() for p in self.now], max(1-self.keep, 1/(self.steps+1)))  # the first weights are soon forgotten
+        if self.keep: new = max(1-self.keep, 1/(self.steps+1))  # the first weights are soon forgotten
+        else: new = 1/max(1, self.steps - round(self.total*(1-self.late)))  # before that, the newest alone
+        if self.mean: torch._foreach_lerp_(self.mean, [p.detach() for p in self.now], new)
 
     @torch.no_grad()
     def swap(self):
@@ -243,7 +246,7 @@ def kept(a, name, device):
     return model.eval()
 
 
-def optimizer(row, model, total): return Guided(make_optimizer(model, OptimConfig(row.optimizer, row.decay)), model, row.ema, COURSES[row.decay_course], total)
+def optimizer(row, model, total): return Guided(make_optimizer(model, OptimConfig(row.optimizer, row.decay)), model, row.ema, row.late, COURSES[row.decay_course], total)
 
 
 def batches_of(row, train, tok):

@@ -190,7 +190,7 @@ def test_a_guided_optimizer(q):
     import torch
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(model.weight)
-    opt = q.Guided(torch.optim.SGD(model.parameters(), lr=.1, weight_decay=.5), model, .6, q.COURSES['rising'], 3)
+    opt = q.Guided(torch.optim.SGD(model.parameters(), lr=.1, weight_decay=.5), model, .6, 0., q.COURSES['rising'], 3)
     weights = [1.]
     for step in range(3):
         model.weight.grad = torch.zeros(1, 1)
@@ -203,6 +203,23 @@ def test_a_guided_optimizer(q):
     assert model.weight.item() == pytest.approx(mean) != pytest.approx(weights[-1])
     opt.swap()
     assert model.weight.item() == pytest.approx(weights[-1])
+
+
+def test_a_mean_of_the_late_weights(q):
+    "Until the share of the steps begins, the weights themselves; then the plain mean of those since"
+    import torch
+    model = torch.nn.Linear(1, 1, bias=False)
+    opt, since = q.Guided(torch.optim.SGD(model.parameters(), lr=1.), model, 0., .4, q.COURSES['even'], 5), []
+    for step in range(5):
+        model.weight.grad = torch.full((1, 1), -float(step+1))
+        opt.step()
+        now = model.weight.item()
+        since = (since if step > 3 else []) + [now]
+        opt.swap()
+        assert model.weight.item() == pytest.approx(sum(since)/len(since))
+        opt.swap()
+        assert model.weight.item() == now
+    assert len(since) == 2
 
 
 def test_values_of_the_first_layer(q):
