@@ -87,7 +87,7 @@ MINI = dict(vocab=500, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=48,
 CHANGES = { # each by itself, to a family of rows
     **{f'wd-{d:g}': dict(decay=d) for d in (.1, .5, 1., 1.5, 2., 3., 6.)}, **{f'decay-{c}': dict(decay_course=c) for c in ('rising', 'falling')}, **{f'dropout-{p:g}': dict(dropout=p) for p in (0., .1, .2, .3)}, 'attention-.1': dict(attn_dropout=.1),
     'word-0': dict(word_drop=0.), 'word-.1': dict(word_drop=.1), 'layer-.1': dict(layer_drop=.1), 'replace-.1': dict(replace=.1), 'mask-.1': dict(mask=.1), 'smoothing-.1': dict(smoothing=.1), 'reshuffle': dict(reshuffle=True), 'bpe-.1': dict(bpe_dropout=.1),
-    'ema': dict(ema=.99), 'ema-.999': dict(ema=.999), 'ema-floor-.3': dict(ema=.99, floor=.3), 'late-.1': dict(late=.1), 'late-.3-floor-.3': dict(late=.3, floor=.3), 'no-qk-norm': dict(qk_norm=False), 'values': dict(values=True), 'untied': dict(tie_embeddings=False), **{f'vocab-{n}k': dict(vocab=1000*n) for n in (2, 4, 8)},
+    'ema': dict(ema=.99), 'ema-.999': dict(ema=.999), 'ema-floor-.3': dict(ema=.99, floor=.3), 'late-.1': dict(late=.1), 'late-.3-floor-.3': dict(late=.3, floor=.3), 'floor-.1': dict(floor=.1), 'no-qk-norm': dict(qk_norm=False), 'values': dict(values=True), 'untied': dict(tie_embeddings=False), **{f'vocab-{n}k': dict(vocab=1000*n) for n in (2, 4, 8)},
     **{f'rate-{r:g}': dict(rate=r) for r in (2.5e-3, 1e-2)}, **{f'adamw-{r:g}': dict(optimizer='adamw', rate=r, decay=.1) for r in (1e-3, 2e-3, 4e-3)}, 'adamw-wd-1.5': dict(optimizer='adamw', rate=2e-3, decay=1.5)}
 
 
