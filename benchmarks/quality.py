@@ -156,8 +156,15 @@ class Student(ContinualLLM):
         return self.norm(x)
 
     def forward(self, ids, cache=None, targets=None, reduction='mean'):
-        if not self.training or targets is None: return super().forward(ids, cache, targets, reduction)
-        scores = self.logits(self.hidden(ids)).flatten(0, 1).float()
+        if targets is None or self.asks_what_stands_there: return super().forward(ids, cache, targets, reduction)
+        return self.nats(self.hidden(ids), ids, targets, reduction)
+
+    @property
+    def asks_what_stands_there(self): return not (self.training and (self.row.smoothing or self.teachers))
+
+    def nats(self, h, ids, targets, reduction='mean'):
+        "The loss of what is asked for besides the text, or instead of it"
+        scores = self.logits(h).flatten(0, 1).float()
         loss = F.cross_entropy(scores, targets.flatten(), reduction=reduction, label_smoothing=self.row.smoothing)
         if not self.teachers: return loss
         with torch.no_grad(): expected = sum(t(ids).flatten(0, 1).float().softmax(1) for t in self.teachers)/len(self.teachers)
@@ -267,12 +274,19 @@ def fitting(a, row, model, opt, parts, loop):
     return max(2, int(60*a.minutes/(1.05*took)))  # evaluations are a twentieth
 
 
+def compiled(model, batches):
+    "The loss that is trained, compiled"
+    if model.asks_what_stands_there: return Compiled(model, batches, next(model.parameters()).is_cuda)
+    hidden = torch.compile(model.hidden, dynamic=False)
+    return lambda x, y: model.nats((hidden if len(x) == batches.batch_size else model.hidden)(x), x, y, 'sum')
+
+
 def learned(a, row, tok, train, val, device, precision):
     "A trained model, its history, and how often the text was read"
     seed_everything(row.seed, 'weights')
     model = Student(row, [kept(a, t, device) for t in row.teachers]).to(device).train()
     batches = batches_of(row, train, tok).on(device)
-    net = Compiled(model, batches, device.type == 'cuda') if a.compile else lambda x, y: model(x, targets=y, reduction='sum')
+    net = compiled(model, batches) if a.compile else lambda x, y: model(x, targets=y, reduction='sum')
     def loss_fn(model, micro):
         x, y = [t.to(device) for t in micro]
         return net(x, y), y.numel()

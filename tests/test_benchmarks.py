@@ -222,6 +222,30 @@ def test_a_mean_of_the_late_weights(q):
     assert len(since) == 2
 
 
+@pytest.mark.parametrize('what', ['smoothing', 'teachers', 'none'])
+@pytest.mark.parametrize('size', [2, 1], ids=['usual', 'last'])
+def test_what_is_asked_for_is_the_same_compiled(q, monkeypatch, what, size):
+    "A target spread over all pieces, or shared with another model, by hand; also where the model is compiled and its loss is made outside"
+    import torch
+    from dataclasses import replace
+    monkeypatch.setattr(torch, 'compile', lambda f, **kw: f)
+    row = replace(q.ROWS['base'], **q.MINI, attn_dropout=0., dropout=0., word_drop=0., smoothing=.2*(what == 'smoothing'), taught=.25)
+    torch.manual_seed(0)
+    teachers = [q.Student(replace(row, smoothing=0.)).eval() for _ in range(2*(what == 'teachers'))]
+    model, ids = q.Student(row, teachers).train(), torch.randint(row.vocab, (size, 9))
+    for m in (model, *teachers): m.embed.weight.data *= 20  # so that what they say differs
+    x, y = ids[:, :-1], ids[:, 1:]
+    logs, true = model.logits(model.hidden(x)).detach().double().log_softmax(-1), torch.nn.functional.one_hot(y, row.vocab)
+    asked = .8*true + .2/row.vocab if what == 'smoothing' else true
+    if teachers: asked = .75*true + .25*sum(t(x).detach().double().softmax(-1) for t in teachers)/2
+    expected = -(asked*logs).sum()
+    net = q.compiled(model, SimpleNamespace(batch_size=2))
+    assert net(x, y).item() == pytest.approx(expected.item(), rel=1e-5) and model(x, targets=y, reduction='sum').item() == pytest.approx(expected.item(), rel=1e-5)
+    plain = -(true*logs).sum().item()
+    assert (expected.item() == pytest.approx(plain, rel=1e-3)) == (what == 'none')
+    assert model.eval()(x, targets=y, reduction='sum').item() == pytest.approx(plain, rel=1e-5)
+
+
 def test_values_of_the_first_layer(q):
     "Half of each layer's values are the first layer's when training begins; the model trains, and reads token by token what it reads at once"
     import torch
