@@ -101,7 +101,7 @@ def family(name, row, **more):
 
 ROWS = {'base': Row(attn_dropout=.1), 'wd-1.5': Row(attn_dropout=.1, decay=1.5), 'wd-3': Row(attn_dropout=.1, decay=3.), 'dropout-.35': Row(attn_dropout=.1, dropout=.35),
         'plain': replace(SMALL, n_kv_heads=8, qk_norm=False, dropout=0., word_drop=0., optimizer='adamw', rate=2e-3, decay=.1, batch=8),
-        **family('few', FEW, wide=dict(d_model=192, n_heads=6, n_kv_heads=6, d_ff=576)), **family('small', SMALL), **family('large', Row(decay=1.5, word_drop=0., epochs=16), wide=dict(d_model=768, n_heads=12, n_kv_heads=12, d_ff=2304)),
+        **family('few', FEW, wide=dict(d_model=192, n_heads=6, n_kv_heads=6, d_ff=576), **{'wide-6': dict(d_model=192, n_heads=6, n_kv_heads=6, d_ff=576, epochs=6), 'narrow-18': dict(d_model=96, n_heads=3, n_kv_heads=3, d_ff=288, epochs=18)}), **family('small', SMALL), **family('large', Row(decay=1.5, word_drop=0., epochs=16), wide=dict(d_model=768, n_heads=12, n_kv_heads=12, d_ff=2304)),
         **family('final', Row(decay=2.5, dropout=.25, final=True))}
 
 
