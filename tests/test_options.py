@@ -182,6 +182,19 @@ def test_spike(train, monkeypatch):
     assert train(max_steps=2).history.rows('note') == []
 
 
+@pytest.mark.parametrize('again', [False, True], ids=['kept', 'recomputed'])
+def test_compiled_dropout_is_the_same(again):
+    "One mask forward and backward, and the one that eager code draws; also where a layer is computed twice"
+    torch.manual_seed(0)
+    model, ids = ContinualLLM(ModelConfig(vocab_size=50, **{**SHAPE, 'dropout': .3})).train(), torch.randint(50, (2, 16))
+    def grads(hidden):
+        torch.manual_seed(1)
+        return torch.autograd.grad(hidden(ids).square().sum(), list(model.parameters()))
+    eager = grads(model.hidden)
+    model.recompute = again
+    for ours, plain in zip(grads(torch.compile(model.hidden, dynamic=False)), eager): torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
 @shows(pretrain, 'compile')
 def test_compile(train, monkeypatch, capsys):
     "The training step goes through torch's compiler, and comes to the same"
