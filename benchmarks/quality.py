@@ -82,7 +82,7 @@ class Row:
 COURSES = dict(even=lambda done: 1., rising=lambda done: 2*done, falling=lambda done: 2 - 2*done)  # share of the steps behind us -> what the decay is multiplied by; the rate, which it is taken times, falls besides
 FEW = Row(share=.05, vocab=2000, d_model=128, n_layers=5, n_heads=4, n_kv_heads=4, d_ff=384, seq_len=256, dropout=.1, word_drop=0., decay=1.5, epochs=12, batch=8)  # a twentieth of the text, and eight numbers to a token where `wd-1.5` has thirteen: for a CPU
 QUARTER = replace(FEW, share=.25, vocab=4000, d_model=192, n_layers=6, n_heads=6, n_kv_heads=6, d_ff=576, epochs=19, batch=16)  # for the question which size suits a time
-PART = replace(QUARTER, d_model=128, n_heads=4, n_kv_heads=4, d_ff=384, epochs=8)  # the narrow one of these in fewer passes: seeds move it by a quarter of what they move `few`
+PART = replace(QUARTER, d_model=128, n_heads=4, n_kv_heads=4, d_ff=384, epochs=8)  # the narrow one of these in fewer passes, for each option by itself with more text than `few` has
 SMALL = Row(d_model=256, n_layers=6, n_heads=8, n_kv_heads=2, d_ff=768, seq_len=256, dropout=.1, decay=3., epochs=30)  # about the preset
 HOURS = replace(FEW, share=1., vocab=8000, d_model=384, n_layers=6, n_heads=6, n_kv_heads=6, d_ff=1152, seq_len=512, decay=1., epochs=10, batch=16, final=True)  # what two cores can do in two hours
 MINI = dict(vocab=500, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=48, seq_len=32, batch=4, epochs=1)
