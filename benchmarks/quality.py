@@ -4,7 +4,7 @@ Rows differ in few settings each. FOLDER holds `train.txt` and `valid.txt` of Wi
 learns from all of it and reads `valid.txt` once, when it is done (its curve is of the beginning of its own text). `NAME@1` is the row of another seed; the table has the mean of all seeds, and their spread, and what a change to a family's first row is worth, seed against the same seed. With `--minutes`, a row takes as many steps as fit into them, evaluations included, after some that are timed. Each row runs in a process of its own, `--jobs` of them at the same time, and keeps its weights, what
 every token cost it, and its line in the results; `ensemble` rows average the probabilities of others, and rows with `teachers` learn from them as well as from the text. Rows that stand in the results file are not run again; `--table` prints what there is.
 `--mini` rehearses everything in miniature."""
-import argparse, functools, json, math, os, statistics, subprocess, sys, time
+import argparse, functools, itertools, json, math, os, statistics, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -85,6 +85,7 @@ QUARTER = replace(FEW, share=.25, vocab=4000, d_model=192, n_layers=6, n_heads=6
 PART = replace(QUARTER, d_model=128, n_heads=4, n_kv_heads=4, d_ff=384, epochs=8)  # the narrow one of these in fewer passes, for each option by itself with more text than `few` has
 SMALL = Row(d_model=256, n_layers=6, n_heads=8, n_kv_heads=2, d_ff=768, seq_len=256, dropout=.1, decay=3., epochs=30)  # about the preset
 HOURS = replace(FEW, share=1., vocab=8000, d_model=384, n_layers=6, n_heads=6, n_kv_heads=6, d_ff=1152, seq_len=512, decay=1., epochs=10, batch=16, final=True)  # what two cores can do in two hours
+HALF_HOUR = replace(QUARTER, share=1., vocab=8000, d_model=256, n_heads=8, n_kv_heads=8, d_ff=768, decay=.5, epochs=6, final=True)  # and in half an hour: as many numbers to a token as `part`, and in all its steps about as much decay
 MINI = dict(vocab=500, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=48, seq_len=32, batch=4, epochs=1)
 
 CHANGES = { # each by itself, to a family of rows
@@ -105,7 +106,7 @@ def family(name, row, **more):
 ROWS = {'base': Row(attn_dropout=.1), 'wd-1.5': Row(attn_dropout=.1, decay=1.5), 'wd-3': Row(attn_dropout=.1, decay=3.), 'dropout-.35': Row(attn_dropout=.1, dropout=.35),
         'plain': replace(SMALL, n_kv_heads=8, qk_norm=False, dropout=0., word_drop=0., optimizer='adamw', rate=2e-3, decay=.1, batch=8),
         **family('few', FEW, wide=dict(d_model=192, n_heads=6, n_kv_heads=6, d_ff=576), **{'wide-6': dict(d_model=192, n_heads=6, n_kv_heads=6, d_ff=576, epochs=6), 'narrow-18': dict(d_model=96, n_heads=3, n_kv_heads=3, d_ff=288, epochs=18)}), **family('quarter', QUARTER, narrow=dict(d_model=128, n_heads=4, n_kv_heads=4, d_ff=384), wide=dict(d_model=256, n_heads=8, n_kv_heads=8, d_ff=768)), **family('part', PART), **family('small', SMALL), **family('large', Row(decay=1.5, word_drop=0., epochs=16), wide=dict(d_model=768, n_heads=12, n_kv_heads=12, d_ff=2304)),
-        'hours': HOURS, **family('final', Row(decay=2.5, dropout=.25, final=True))}
+        'hours': HOURS, 'half-hour': HALF_HOUR, **family('final', Row(decay=2.5, dropout=.25, final=True))}
 
 
 # ---- the model and its optimizer ----
@@ -267,14 +268,14 @@ def batches_of(row, train, tok):
 
 
 def fitting(a, row, model, opt, parts, loop):
-    "As many steps as fit into the time, by some that are taken back"
-    for step in range(12):
+    "As many steps as fit into the time, by some that are taken back: after six, as many as last for a fiftieth of it, but six at least"
+    for step in itertools.count():
         if step == 6: begun = time.perf_counter()
+        if step >= 12 and (took := time.perf_counter() - begun) >= 60*a.minutes/50: break
         take_step(model, opt, parts, loop, step)  # reads its loss, so the device is waited for
-    took = (time.perf_counter() - begun)/6
     seed_everything(row.seed, 'weights')
     model.init_weights()
-    return max(2, int(60*a.minutes/(1.05*took)))  # evaluations are a twentieth
+    return max(2, int(60*a.minutes*(step-6)/(1.05*took)))  # evaluations are a twentieth
 
 
 def compiled(model, batches):
@@ -339,7 +340,7 @@ def one(a, name):
 def chosen(a, name):
     "The row of a name; `NAME@1` is that of another seed"
     base, _, seed = name.partition('@')
-    row = replace(ROWS[base], seed=int(seed or ROWS[base].seed))
+    row = replace(ROWS[base], seed=int(seed or ROWS[base].seed), final=a.final or ROWS[base].final)
     return replace(row, **MINI) if a.mini else row
 
 
@@ -404,7 +405,7 @@ def main():
     "Run what is missing; print the table"
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', type=Path, help='folder with `train.txt` and `valid.txt`')
-    p.add_argument('--rows', default='small', help=f"which, with commas between them: {', '.join(n for n in ROWS if n in ('base', 'wd-1.5', 'wd-3', 'dropout-.35', 'plain', 'hours', 'few', 'quarter', 'part', 'small', 'large', 'final'))}; of the last six also NAME-CHANGE, with one of {', '.join(n.removeprefix('few-') for n in ROWS if n.startswith('few-'))}")
+    p.add_argument('--rows', default='small', help=f"which, with commas between them: {', '.join(n for n in ROWS if n in ('base', 'wd-1.5', 'wd-3', 'dropout-.35', 'plain', 'hours', 'half-hour', 'few', 'quarter', 'part', 'small', 'large', 'final'))}; of the last six also NAME-CHANGE, with one of {', '.join(n.removeprefix('few-') for n in ROWS if n.startswith('few-'))}")
     p.add_argument('--minutes', type=float, default=0., help='of training for each row (default: the epochs of the row)')
     p.add_argument('--device', default='auto')
     p.add_argument('--compile', action='store_true')

@@ -1,4 +1,4 @@
-"""How good a model does the same time give with others?  `python benchmarks/quality_peers.py --data FOLDER [--tune] [--contenders hf,litgpt,ours] [--minutes 30] [--threads 2] [--ours plain,small-wd-1.5] [--table]`
+"""How good a model does the same time give with others?  `python benchmarks/quality_peers.py --data FOLDER [--tune] [--contenders hf,litgpt,ours] [--minutes 30] [--threads 2] [--ours plain,half-hour] [--table]`
 
 FOLDER holds `train.txt` and `valid.txt` of WikiText-2. Each contender trains from scratch, on this machine's CPU and in a process of its own, for `--minutes`: the number of its optimizer steps is what fits into them by the
 median of some steps that are timed first, and its schedule ends with the last of them. All read the same ids, those of our tokenizer of 8,000 pieces made from `train.txt`, so that bits per byte and words compare. What does
@@ -147,10 +147,11 @@ LIBRARY = dict(hf='transformers', litgpt='litgpt')
 
 
 def known_pace(a, name, setting):
-    "Seconds of a step as measured for another try, from which only the rate and the decay differ; None for the full run"
+    "Seconds of a step as they were of another run of this length, from which only the rate and the decay differ, or None; tries have as many steps as the first of them, and a full run goes by what the last one took"
     def alike(s): return {k: v for k, v in s.items() if k not in ('rate', 'decay')}
-    same = [r for r in read(a.results) if r['contender'] == name and 'pace' in r and alike(r['setting']) == alike(asdict(setting)) and (r['threads'], r['clock'], r['minutes']) == (a.threads, clock_of(a), a.minutes)]
-    return same[0]['pace'] if a.tune and same else None
+    wanted = 'tune' if a.tune else 'full', name, a.threads, clock_of(a), a.minutes, alike(asdict(setting))
+    same = [r for r in read(a.results) if 'pace' in r and (r['phase'], r['contender'], r['threads'], r['clock'], r['minutes'], alike(r['setting'])) == wanted]
+    if same: return same[0]['pace'] if a.tune else same[-1]['trained']/same[-1]['steps']
 
 
 def peer(a, name, setting, ids):
@@ -348,7 +349,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', type=Path, help='folder with `train.txt` and `valid.txt`')
     p.add_argument('--contenders', default='hf,litgpt,ours', help='which, with commas between them')
-    p.add_argument('--ours', default='plain,small-wd-1.5', help='rows of `quality.py`')
+    p.add_argument('--ours', default='plain,half-hour', help='rows of `quality.py`')
     p.add_argument('--tune', action='store_true', help='look for the best settings of the peers, instead of the full run')
     p.add_argument('--start', type=json.loads, default={}, help='JSON: the setting to begin with, or to run fully, in place of the best that is known; what it leaves out is as in `Setting`')
     p.add_argument('--axes', default=','.join(AXES), help='which settings are tuned')

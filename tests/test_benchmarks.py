@@ -154,14 +154,26 @@ def q(monkeypatch):
 def test_seeds_of_a_row(q):
     "`NAME@2` differs in its seed alone; the table has their mean and the deviation of one"
     from dataclasses import replace
-    plain = SimpleNamespace(mini=False)
-    assert q.chosen(plain, 'few@2') == replace(q.FEW, seed=2) and q.chosen(plain, 'few') == q.FEW
+    plain = SimpleNamespace(mini=False, final=False)
+    assert q.chosen(plain, 'few@2') == replace(q.FEW, seed=2) and q.chosen(plain, 'few') == q.FEW and q.chosen(plain, 'half-hour').final
+    assert q.chosen(SimpleNamespace(mini=False, final=True), 'few@2') == replace(q.FEW, seed=2, final=True)
     def row(name, bits): return dict(row=name, settings=dict(final=False), parameters=1_250_000, epochs=3.5, window=dict(bits_per_byte=bits, word_perplexity=9.), train_loss=2.)
     lines = q.table([row('few', 1.), row('other', 3.), row('few@1', 1.2), row('few@2', 1.4)]).splitlines()[2:]
     assert lines[0].startswith('| few | 3 | split | 1.2 M | 3.5 ± 0 |  | 1.2000 ± 0.2000 |  |  | 9.00 ± 0.00 |') and lines[1].startswith('| other | 1 | split | 1.2 M | 3.5 |  | 3.0000 |  |')
     few = [row('few', 2.), row('few@1', 4.), row('few-wd-3', 2.2), row('few-wd-3@1', 4.8), row('few-ema@1', 3.9), row('few-untied@2', 1.), row('small-ema', 1.)]
     assert {name: round(b, 9) for name, b in q.against(few).items()} == {'few-wd-3': 10., 'few-wd-3@1': 20., 'few-ema@1': -2.5}
     assert [line.split(' | ')[7] for line in q.table(few).splitlines()[2:]] == ['', '+15.00 ± 7.07', '-2.50', '', '']
+
+
+def test_steps_that_fit_into_a_time(q, monkeypatch):
+    "By hand: six steps of nine seconds are left out, those of two seconds after them are timed for a fiftieth of the time, but six at least; a twentieth is for evaluations"
+    taken = []
+    monkeypatch.setattr(q, 'take_step', lambda model, opt, parts, loop, step: taken.append(9 if step < 6 else 2))
+    monkeypatch.setattr(q, 'time', SimpleNamespace(perf_counter=lambda: sum(taken)))
+    def steps(minutes):
+        taken.clear()
+        return q.fitting(SimpleNamespace(minutes=minutes), q.FEW, SimpleNamespace(init_weights=lambda: None), None, None, None), len(taken)
+    assert steps(100) == (int(6000/1.05/2), 6 + 60) and steps(1) == (int(60/1.05/2), 6 + 6)
 
 
 def test_a_text_told_anew(q, tmp_path):
@@ -295,7 +307,7 @@ def test_quality_beside_others(run, without_peers, tmp_path, monkeypatch):
         return [json.loads(line) for line in (tmp_path/'rows.jsonl').read_text().splitlines()][3:]
     hf, litgpt, ours = rows(False)
     assert hf['setting']['rate'] == .004 and litgpt['missing'] == 'litgpt is not installed' and ours['contender'] == 'ours plain'
-    assert hf['steps'] >= 5
+    assert hf['steps'] >= 5 and ours['setting']['final']  # all of them learn from the whole text
     for row in (hf, ours): assert 2 < row['window']['bits_per_byte'] < 6 and row['window'] != row['blocks'] and row['trained'] > 0
     assert rows(False) == [hf, litgpt, ours]
 
@@ -310,6 +322,17 @@ def test_settings_are_found_uphill(beside):
     assert (best.rate, best.batch, best.decay) == (8e-3, 4, .3)
     assert [s.size for s in beside.above(best, 'size')] == ['384x6'] and not beside.above(best, 'decay')
     assert seen == [(rate, 8, .3) for rate in (2e-3, 4e-3, 8e-3, 1.6e-2)] + [(8e-3, 16, .3), (8e-3, 4, .3)]
+
+
+def test_a_full_run_goes_by_what_the_last_one_took(beside, tmp_path):
+    "A try, by what the first try of its kind had timed; with another shape, or in another time, neither is known"
+    from dataclasses import asdict, replace
+    setting = beside.Setting()
+    def row(phase, pace, trained): return json.dumps(dict(phase=phase, contender='hf', minutes=30., threads=2, clock='wall', setting=asdict(setting), pace=pace, trained=trained, steps=1000))
+    (tmp_path/'rows.jsonl').write_text('\n'.join([row('tune', .3, 200.), row('tune', .4, 200.), row('full', .5, 190.), row('full', .5, 180.)]) + '\n')
+    def pace(setting, tune=False, minutes=30.): return beside.known_pace(SimpleNamespace(results=tmp_path/'rows.jsonl', threads=2, cpu=False, minutes=minutes, tune=tune), 'hf', setting)
+    assert pace(replace(setting, decay=.5)) == .18 and pace(replace(setting, rate=1e-3), tune=True) == .3
+    assert pace(replace(setting, size='384x6')) is None and pace(setting, minutes=5.) is None
 
 
 def test_others_are_scored_as_ours(beside, monkeypatch):
