@@ -85,7 +85,7 @@ QUARTER = replace(FEW, share=.25, vocab=4000, d_model=192, n_layers=6, n_heads=6
 PART = replace(QUARTER, d_model=128, n_heads=4, n_kv_heads=4, d_ff=384, epochs=8)  # the narrow one of these in fewer passes, for each option by itself with more text than `few` has
 SMALL = Row(d_model=256, n_layers=6, n_heads=8, n_kv_heads=2, d_ff=768, seq_len=256, dropout=.1, decay=3., epochs=30)  # about the preset
 HOURS = replace(FEW, share=1., vocab=8000, d_model=384, n_layers=6, n_heads=6, n_kv_heads=6, d_ff=1152, seq_len=512, decay=1., epochs=10, batch=16, final=True)  # what two cores can do in two hours
-HALF_HOUR = replace(QUARTER, share=1., vocab=8000, d_model=256, n_heads=8, n_kv_heads=8, d_ff=768, decay=.5, epochs=6, final=True)  # and in half an hour: as many numbers to a token as `part`, and in all its steps about as much decay
+HALF_HOUR = replace(QUARTER, share=1., vocab=8000, d_model=256, n_heads=8, n_kv_heads=8, d_ff=768, decay=.5, epochs=6, final=True)  # and in half an hour: about as many numbers to a token as `part`, and in all its steps less decay
 MINI = dict(vocab=500, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=48, seq_len=32, batch=4, epochs=1)
 
 CHANGES = { # each by itself, to a family of rows

@@ -1,7 +1,7 @@
 """How good a model does the same time give with others?  `python benchmarks/quality_peers.py --data FOLDER [--tune] [--contenders hf,litgpt,ours] [--minutes 30] [--threads 2] [--ours plain,half-hour] [--table]`
 
 FOLDER holds `train.txt` and `valid.txt` of WikiText-2. Each contender trains from scratch, on this machine's CPU and in a process of its own, for `--minutes`: the number of its optimizer steps is what fits into them by the
-median of some steps that are timed first, and its schedule ends with the last of them. All read the same ids, those of our tokenizer of 8,000 pieces made from `train.txt`, so that bits per byte and words compare. What does
+median of some steps that are timed first, or by what a run of a peer of this shape and length took, and its schedule ends with the last of them. All read the same ids, those of our tokenizer of 8,000 pieces made from `train.txt`, so that bits per byte and words compare. What does
 not count for anybody: reading and cutting the text, making the model, compiling it, saving it and the score at the end. Ours is evaluated after each epoch within its time; the others are not evaluated on the way, and have
 all of theirs for training. The field `trained` says how many seconds it came to. Who is who:
 
