@@ -19,6 +19,7 @@ from continual_llm.batches import Batches, resident
 from continual_llm.bench import machine_line
 from continual_llm.core import numpy_generator, pick_device, pick_precision, seed_everything
 from continual_llm.data import prepare
+from continual_llm.distill import distilled
 from continual_llm.dynamic import dynamic_nats
 from continual_llm.evaluate import ensemble_nats, score_tokens, token_nats
 from continual_llm.generate import generate
@@ -85,7 +86,8 @@ QUARTER = replace(FEW, share=.25, vocab=4000, d_model=192, n_layers=6, n_heads=6
 PART = replace(QUARTER, d_model=128, n_heads=4, n_kv_heads=4, d_ff=384, epochs=8)  # the narrow one of these in fewer passes, for each option by itself with more text than `few` has
 SMALL = Row(d_model=256, n_layers=6, n_heads=8, n_kv_heads=2, d_ff=768, seq_len=256, dropout=.1, decay=3., epochs=30)  # about the preset
 HOURS = replace(FEW, share=1., vocab=8000, d_model=384, n_layers=6, n_heads=6, n_kv_heads=6, d_ff=1152, seq_len=512, decay=1., epochs=10, batch=16, final=True)  # what two cores can do in two hours
-HALF_HOUR = replace(QUARTER, share=1., vocab=8000, d_model=256, n_heads=8, n_kv_heads=8, d_ff=768, decay=.5, epochs=6, final=True)  # and in half an hour: about as many numbers to a token as `part`, and in all its steps less decay
+HALF_HOUR = replace(QUARTER, share=1., vocab=8000, d_model=256, n_heads=8, n_kv_heads=8, d_ff=768, decay=.5, epochs=5, final=True)  # and in half an hour: about as many numbers to a token as `part`, and in all its steps less decay
+HALF_HOURS = ('half-hour', 'half-hour@1', 'half-hour@2')
 MINI = dict(vocab=500, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=48, seq_len=32, batch=4, epochs=1)
 
 CHANGES = { # each by itself, to a family of rows
@@ -99,14 +101,14 @@ def family(name, row, **more):
     "A row with each change, its twins of half and twice the length or step, and what is learned from it"
     T, B, mean = row.seq_len, row.batch, tuple(f'{name}{seed}' for seed in ('', '@1', '@2', '@3'))
     sizes = {f'T-{T//2}': dict(seq_len=T//2, batch=2*B), f'T-{2*T}': dict(seq_len=2*T, batch=B//2), f'batch-{B//2}': dict(batch=B//2), f'batch-{2*B}': dict(batch=2*B)}
-    others = {'again': dict(teachers=(name,), seed=1), 'taught': dict(teachers=mean, seed=4), 'ensemble': dict(ensemble=mean)}
+    others = {'again': dict(teachers=(name,), seed=1), **{f'again-{p:g}': dict(teachers=(name,), seed=1, taught=p) for p in (.25, .75, 1)}, 'taught': dict(teachers=mean, seed=4), 'ensemble': dict(ensemble=mean)}
     return {name: row, **{f'{name}-{what}': replace(row, **change) for what, change in {**CHANGES, **sizes, **others, **more}.items()}}
 
 
 ROWS = {'base': Row(attn_dropout=.1), 'wd-1.5': Row(attn_dropout=.1, decay=1.5), 'wd-3': Row(attn_dropout=.1, decay=3.), 'dropout-.35': Row(attn_dropout=.1, dropout=.35),
         'plain': replace(SMALL, n_kv_heads=8, qk_norm=False, dropout=0., word_drop=0., optimizer='adamw', rate=2e-3, decay=.1, batch=8),
-        **family('few', FEW, wide=dict(d_model=192, n_heads=6, n_kv_heads=6, d_ff=576), **{'wide-6': dict(d_model=192, n_heads=6, n_kv_heads=6, d_ff=576, epochs=6), 'narrow-18': dict(d_model=96, n_heads=3, n_kv_heads=3, d_ff=288, epochs=18)}), **family('quarter', QUARTER, narrow=dict(d_model=128, n_heads=4, n_kv_heads=4, d_ff=384), wide=dict(d_model=256, n_heads=8, n_kv_heads=8, d_ff=768)), **family('part', PART), **family('small', SMALL), **family('large', Row(decay=1.5, word_drop=0., epochs=16), wide=dict(d_model=768, n_heads=12, n_kv_heads=12, d_ff=2304)),
-        'hours': HOURS, 'half-hour': HALF_HOUR, **family('final', Row(decay=2.5, dropout=.25, final=True))}
+        **family('few', FEW, wide=dict(d_model=192, n_heads=6, n_kv_heads=6, d_ff=576), **{'wide-6': dict(d_model=192, n_heads=6, n_kv_heads=6, d_ff=576, epochs=6), 'narrow-18': dict(d_model=96, n_heads=3, n_kv_heads=3, d_ff=288, epochs=18)}, **{f'passes-30-wd-{d:g}': dict(epochs=30, decay=d) for d in (.6, 1.5, 3)}), **family('quarter', QUARTER, narrow=dict(d_model=128, n_heads=4, n_kv_heads=4, d_ff=384), wide=dict(d_model=256, n_heads=8, n_kv_heads=8, d_ff=768)), **family('part', PART, **{f'passes-20-wd-{d:g}': dict(epochs=20, decay=d) for d in (.6, 1.5)}), **family('small', SMALL), **family('large', Row(decay=1.5, word_drop=0., epochs=16), wide=dict(d_model=768, n_heads=12, n_kv_heads=12, d_ff=2304)),
+        'hours': HOURS, 'half-hour': HALF_HOUR, **{f'half-hour-{what}': replace(HALF_HOUR, **how) for what, how in dict(again=dict(teachers=('half-hour',), seed=3), taught=dict(teachers=HALF_HOURS, seed=4), ensemble=dict(ensemble=HALF_HOURS)).items()}, **family('final', Row(decay=2.5, dropout=.25, final=True))}
 
 
 # ---- the model and its optimizer ----
@@ -138,9 +140,9 @@ class FirstValues(Attention):
 
 class Student(ContinualLLM):
     "A model with more ways to make learning by heart harder; without training, the plain one"
-    def __init__(self, row, teachers=()):
+    def __init__(self, row):
         super().__init__(row.shape)
-        self.row, self.teachers = row, list(teachers)  # a list is no part of the model, so its weights are not trained
+        self.row = row
         for b in self.blocks: b.drop = LayerDrop(row.dropout, row.layer_drop)
         if not row.values: return
         for i, b in enumerate(self.blocks): b.attn = FirstValues(row.shape, self.blocks[0].attn if i else None)
@@ -160,19 +162,12 @@ class Student(ContinualLLM):
         return self.norm(x)
 
     def forward(self, ids, cache=None, targets=None, reduction='mean'):
-        if targets is None or self.asks_what_stands_there: return super().forward(ids, cache, targets, reduction)
-        return self.nats(self.hidden(ids), ids, targets, reduction)
+        if targets is None or not (self.training and self.row.smoothing): return super().forward(ids, cache, targets, reduction)
+        return self.smoothed(self.hidden(ids), targets, reduction)
 
-    @property
-    def asks_what_stands_there(self): return not (self.training and (self.row.smoothing or self.teachers))
-
-    def nats(self, h, ids, targets, reduction='mean'):
-        "The loss of what is asked for besides the text, or instead of it"
-        scores = self.logits(h).flatten(0, 1).float()
-        loss = F.cross_entropy(scores, targets.flatten(), reduction=reduction, label_smoothing=self.row.smoothing)
-        if not self.teachers: return loss
-        with torch.no_grad(): expected = sum(t(ids).flatten(0, 1).float().softmax(1) for t in self.teachers)/len(self.teachers)
-        return (1-self.row.taught)*loss + self.row.taught*F.cross_entropy(scores, expected, reduction=reduction)
+    def smoothed(self, h, targets, reduction):
+        "The loss of a target of which all pieces have a share"
+        return F.cross_entropy(self.logits(h).flatten(0, 1).float(), targets.flatten(), reduction=reduction, label_smoothing=self.row.smoothing)
 
 
 class Guided:
@@ -278,28 +273,31 @@ def fitting(a, row, model, opt, parts, loop):
     return max(2, int(60*a.minutes*(step-6)/(1.05*took)))  # evaluations are a twentieth
 
 
-def compiled(model, batches):
-    "The loss that is trained, compiled"
-    if model.asks_what_stands_there: return Compiled(model, batches, next(model.parameters()).is_cuda)
-    hidden = torch.compile(model.hidden, dynamic=False)
-    return lambda x, y: model.nats((hidden if len(x) == batches.batch_size else model.hidden)(x), x, y, 'sum')
+def loss_of(model, batches, teachers=(), compile=False):
+    "For the loop: (model, micro-batch) -> (summed nats, tokens)"
+    row = model.row
+    if teachers and row.smoothing: raise SystemExit('smoothing and teachers are not for one row')
+    net = Compiled(model, batches, next(model.parameters()).is_cuda and not (teachers or row.smoothing)) if compile else None
+    if teachers: return distilled(teachers, row.taught, hidden=net and net.known)
+    ask = net or (lambda x, y: model(x, targets=y, reduction='sum'))
+    if net and row.smoothing: ask = lambda x, y: model.smoothed(net.known(x), y, 'sum')
+    def loss_fn(_, micro):
+        x, y = [t.to(model.out_weight.device) for t in micro]
+        return ask(x, y), y.numel()
+    return loss_fn
 
 
 def learned(a, row, tok, train, val, device, precision):
     "A trained model, its history, and how often the text was read"
     seed_everything(row.seed, 'weights')
-    model = Student(row, [kept(a, t, device) for t in row.teachers]).to(device).train()
-    batches = batches_of(row, train, tok).on(device)
-    net = compiled(model, batches) if a.compile else lambda x, y: model(x, targets=y, reduction='sum')
-    def loss_fn(model, micro):
-        x, y = [t.to(device) for t in micro]
-        return net(x, y), y.numel()
+    teachers = [kept(a, t, device) for t in row.teachers]
+    model, batches = Student(row).to(device).train(), batches_of(row, train, tok).on(device)
     watched, most = (train, a.eval_tokens or len(val)) if row.final else (val, a.eval_tokens)  # `valid.txt` is not looked at before the end
     def evaluate(poll):
         opt.swap()
         try: return score_tokens(model, watched, tok, most, batch_size=row.batch, precision=precision)
         finally: opt.swap()
-    parts, history = Parts(batches, loss_fn, evaluate, lambda *_: {}), History()
+    parts, history = Parts(batches, loss_of(model, batches, teachers, a.compile), evaluate, lambda *_: {}), History()
     loop = LoopConfig(batches.steps_per_epoch, row.epochs, row.rate, 0, row.floor, early_stopping_patience=0, precision=precision, device=str(device), seed=row.seed)
     with machine(False, None, precision == 'bf16' and device.type == 'cuda'):
         if a.minutes: steps = fitting(a, row, model, optimizer(row, model, loop.total), parts, loop)
@@ -366,7 +364,9 @@ def seeds(rows):
 def against(rows):
     "Row -> its bits per byte in a sliding window against the first row of its family with the same seed, in per cent more or less"
     bits = {r['row']: r['window']['bits_per_byte'] for r in rows}
-    def first(name): return name.partition('@')[0].partition('-')[0] + ''.join(name.partition('@')[1:])
+    def first(name):
+        base, *seed = name.partition('@')
+        return min((n.partition('@')[0] for n in bits if (base + '-').startswith(n.partition('@')[0] + '-')), key=len) + ''.join(seed)
     return {name: 100*(b/bits[first(name)] - 1) for name, b in bits.items() if first(name) in bits and first(name) != name}
 
 
@@ -405,7 +405,7 @@ def main():
     "Run what is missing; print the table"
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', type=Path, help='folder with `train.txt` and `valid.txt`')
-    p.add_argument('--rows', default='small', help=f"which, with commas between them: {', '.join(n for n in ROWS if n in ('base', 'wd-1.5', 'wd-3', 'dropout-.35', 'plain', 'hours', 'half-hour', 'few', 'quarter', 'part', 'small', 'large', 'final'))}; of the last six also NAME-CHANGE, with one of {', '.join(n.removeprefix('few-') for n in ROWS if n.startswith('few-'))}")
+    p.add_argument('--rows', default='small', help=f"which, with commas between them: {', '.join(n for n in ROWS if n in ('base', 'wd-1.5', 'wd-3', 'dropout-.35', 'plain', 'hours', *(f'half-hour{what}' for what in ('', '-again', '-taught', '-ensemble')), 'few', 'quarter', 'part', 'small', 'large', 'final'))}; of the last six also NAME-CHANGE, with one of {', '.join(n.removeprefix('few-') for n in ROWS if n.startswith('few-'))}")
     p.add_argument('--minutes', type=float, default=0., help='of training for each row (default: the epochs of the row)')
     p.add_argument('--device', default='auto')
     p.add_argument('--compile', action='store_true')

@@ -86,10 +86,10 @@ class Parent:
 METHODS = dict(
     naive='go on training on the new text alone',
     replay='mix remembered text in (02d_replay)',
-    self='mix in text that the old model writes itself, where no old text may be kept (12b_distill)',
+    self='mix in text that the old model writes itself, where no old text may be kept (11e_distill)',
     l2='pull the weights back to the old ones (12a_penalties)',
     ewc='the same, each weight as hard as the old domains need it (12a_penalties)',
-    distill='learn what the old model would say: of the old text where replay or self mixes some in, else of the new (12b_distill)',
+    distill='learn what the old model would say: of the old text where replay or self mixes some in, else of the new (11e_distill)',
     interpolate='afterwards, average old and new weights in the best proportion (12c_merge)',
     lora='train small additions to frozen weights (12d_lora)',
     frozen='learn nothing: what the old model makes of the new text, a lower bound',

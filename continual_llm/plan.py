@@ -6,11 +6,10 @@
 __all__ = ['SIZES', 'PER_ROOT', 'PER_TOKEN', 'SMALL', 'PLAIN', 'ENOUGH', 'AT_ONE', 'POWER', 'WORTH', 'MOST_STEPS', 'EVALUATED',
            'FRESH', 'WITHOUT', 'suggest_vocabulary', 'suggest_config', 'suggest_recipe', 'overfits_at',
            'suggest_epochs', 'Pace', 'timed', 'step_times', 'standing_bytes', 'peak_bytes', 'measure', 'stops',
-           'trained_tokens', 'run_seconds', 'disk_bytes', 'RunPlan', 'command_line', 'epochs_within', 'steps_within',
-           'choose', 'plan']
+           'trained_tokens', 'run_seconds', 'disk_bytes', 'RunPlan', 'epochs_within', 'steps_within', 'choose', 'plan']
 
 # %% ../nbs/12h_plan.ipynb #7072d8ed
-import inspect, math, shlex, tempfile, time
+import math, tempfile, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
@@ -24,7 +23,7 @@ from .model import PRESETS, model_config
 from .recipes import recipe_options
 from .source import Source
 from .tokenizer import train_tokenizer
-from .train import check_room, machine_for, prepare_job, pretrain, set_up
+from .train import check_room, command_line, machine_for, prepare_job, pretrain, set_up
 
 # %% ../nbs/12h_plan.ipynb #a5f03ed2
 SIZES = (300, 500, 1000, 2000, 4000, 8000, 16_000, 32_000) # of a vocabulary
@@ -122,7 +121,8 @@ def peak_bytes(
 )->float:
     "Memory of a run at its fullest"
     if torch.device(job.loop.device).type == 'cuda': return torch.cuda.max_memory_allocated(job.loop.device)
-    return run_bytes(job.shape, job.batches.batch_size, standing, job.optim.optimizer, precision=job.loop.precision, recompute=job.recompute)
+    beside = job.teachers.copies(job.loop.precision) if job.teachers else 0
+    return beside + run_bytes(job.shape, job.batches.batch_size, standing, job.optim.optimizer, precision=job.loop.precision, recompute=job.recompute)
 
 def measure(
     job,                     # a `Job`
@@ -225,17 +225,6 @@ class RunPlan:
                 'Learns by heart': f"from about epoch {self.overfits_at:.0f} on, half as many to twice as many" + f"; later with {SMALL}"*(self.recipe == SMALL), 'Disk': f"{human_bytes(self.disk)} when it is done"}
         return '\n'.join([*(f"{k + ':':<17}{v}" for k, v in rows.items()), *(f"- {line}" for line in self.notes), '', self.command])
 
-# %% ../nbs/12h_plan.ipynb #74cf68da
-def command_line(
-    given:dict, # options of `pretrain`, by name
-)->str:
-    "What to type for them"
-    known = inspect.signature(pretrain).parameters
-    def said(k, v):
-        if v is False: return f"--no-{k}" if known[k].default is None else ''  # off is the default of the others
-        return f"--{k}" + ('' if v is True else f" {shlex.quote(str(v))}")
-    return ' '.join(['continual-llm pretrain', *filter(None, (said(k, v) for k, v in given.items() if v is not None))])
-
 # %% ../nbs/12h_plan.ipynb #71dcab73
 FRESH = 4 # epochs up to which a text read again is nearly as good as a new one
 
@@ -315,7 +304,7 @@ def plan(
 # %% ../nbs/12h_plan.ipynb #a88cacd3
 def _pieces(data, asked, say):
     "The tokenizer of the run, and the size to ask for if it is to be trained"
-    if asked.get('tokenizer') is not None: return asked['tokenizer'], None
+    if asked.get('tokenizer') is not None or asked.get('teacher') is not None: return asked.get('tokenizer'), None
     n_bytes, field = Source.of(data, asked.get('field', 'text')).check().bytes, asked.get('field', 'text')
     sizes = [asked['vocab_size']] if 'vocab_size' in asked else [s for s in reversed(SIZES) if s <= suggest_vocabulary(n_bytes)]
     for size in sizes:

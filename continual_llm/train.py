@@ -7,10 +7,10 @@ __all__ = ['PARTS_OF_A_RUN', 'SAMPLE', 'SWITCHES', 'QUICK', 'holds_run', 'check_
            'check_same', 'machine', 'Run', 'validation_share', 'read_texts', 'Compiled', 'make_parts', 'room_after',
            'keep_tokenizer', 'Job', 'machine_for', 'carry_out', 'with_vocabulary', 'memory_bound', 'check_saving',
            'check_graphs', 'within', 'check_parallel', 'computing_on', 'as_before', 'compiling', 'check_options',
-           'pretrain', 'quickstart', 'prepare_job']
+           'pretrain', 'command_line', 'quickstart', 'prepare_job']
 
 # %% ../nbs/12_train.ipynb #9f465ed2
-import contextlib, inspect, os, platform, shutil
+import contextlib, inspect, os, platform, shlex, shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +39,7 @@ from .recipes import recipe_line, recipe_options, with_recipe
 from .schedule import fit_warmup
 from .source import Source
 from .split import prepare_split
+from .teachers import Teachers, apart_from, check_teachers, check_window, load_teachers
 from .tokenizer import Tokenizer, train_tokenizer
 
 # %% ../nbs/12_train.ipynb #4df5502a
@@ -218,6 +219,12 @@ class Compiled:
         if not self.sliced(x): return self.whole(x, targets=y, reduction='sum').clone()  # the next replay writes over what this one returned
         return next_token_nats(self.hidden(x), self.model.out_weight, y, 'sum')
 
+    def known(self,
+        x:torch.Tensor, # (B,T) inputs
+    )->torch.Tensor:    # (B,T,d)
+        "What the model knows at each token"
+        return (self.hidden if len(x) == self.usual else self.model.hidden)(x)
+
     def keep_apart(self):
         "Memory of their own for the gradients, to which replays add: else the first replay's would become theirs, and the second would write over it"
         torch.compiler.cudagraph_mark_step_begin()
@@ -248,6 +255,7 @@ def make_parts(
     processes:Processes=Processes(), # that share an evaluation
     graphs:bool=False,    # record the compiled step as CUDA graphs?
     prompt:str='',        # how a sample begins
+    teachers:Teachers|None=None, # to learn from besides the text
 )->Parts:
     "The callables of a pretraining run"
     device = next(model.parameters()).device
@@ -256,6 +264,7 @@ def make_parts(
     def loss_fn(model, micro):
         x, y = [sent(t, device) for t in micro]
         return net(x, y) if net else model(x, targets=y, reduction='sum'), y.numel()
+    if teachers: loss_fn = teachers.loss_fn(device, net.known if net else None)
     def evaluate(poll):
         return score_tokens(model, val, tokenizer, eval_tokens, batch_size=batch_size, precision=loop.precision, poll=poll, processes=processes)
     own = dict(run=run_id(facts)) if facts else {}
@@ -310,6 +319,7 @@ class Job:
     recompute:bool=False    # is each layer computed again for its gradients? The numbers are the same
     graphs:bool=field(default=False, kw_only=True) # is the compiled step recorded as CUDA graphs?
     prompt:str=field(default='', kw_only=True)     # how a sample begins
+    teachers:Teachers|None=field(default=None, kw_only=True) # to learn from besides the text
     best = Checkpoints.best # where the best checkpoint is published
 
     @property
@@ -319,7 +329,7 @@ class Job:
         return {**self.shape.to_dict(), **asdict(self.optim), **loop, 'batch_size': self.batches.batch_size, 'blocks_per_step': self.batches.global_batch,
                 'eval_tokens': self.eval_tokens, 'deterministic': self.deterministic, 'compile': self.compiled, 'training_text': self.train.source_hash,
                 'validation_text': self.val.source_hash, 'tokenizer_hash': self.tokenizer.hash,
-                'domain': self.domain, 'memory': self.memory}
+                'domain': self.domain, 'memory': self.memory, **(self.teachers.settings if self.teachers else {})}
 
     def begin(self, overwrite:bool)->dict:
         "Make the run folder; what stands in `run.json`"
@@ -344,7 +354,7 @@ class Job:
 
     def make_parts(self, model, facts:dict, processes:Processes)->Parts:
         "What the loop is handed; `facts` are the run's settings, kept with every resume state"
-        return make_parts(model, self.tokenizer, self.batches, self.val, self.loop, self.eval_tokens, compiled=self.compiled, facts=facts, processes=processes, graphs=self.graphs, prompt=self.prompt)
+        return make_parts(model, self.tokenizer, self.batches, self.val, self.loop, self.eval_tokens, compiled=self.compiled, facts=facts, processes=processes, graphs=self.graphs, prompt=self.prompt, teachers=self.teachers)
 
     def take_best(self, model, checkpoint:dict)->None:
         "Put the best weights, those of a `checkpoint`, into the model"
@@ -618,8 +628,10 @@ def check_saving(
 
 def check_graphs(
     cuda_graphs:bool, compile:bool, device, # as asked for
+    teacher=None,                           # likewise
 )->None:
-    "Refuse to record what is not compiled, or not on CUDA"
+    "Refuse to record what is not compiled, or not on CUDA, or with a teacher, whose part of the loss is not"
+    if cuda_graphs and teacher: raise UserError("cuda_graphs records a step without a teacher; leave cuda_graphs or teacher out")
     if cuda_graphs and not (compile and torch.device(device).type == 'cuda'):
         raise UserError(f"cuda_graphs records the compiled step of a CUDA GPU, and this run {'computes on ' + str(device) if compile else 'is not compiled'}; give --compile and --device cuda, or leave it out")
 
@@ -706,18 +718,19 @@ def check_options(
     if o.panel and o.quiet: raise UserError("quiet shows nothing and panel shows buttons; leave one of them out")
     if not isinstance(o.prompt, str): raise UserError(f"prompt={shown(o.prompt)} is not text")
     check_saving(o.where, o.shape, o.recompute, o.compile, o.max_memory)
-    check_graphs(o.cuda_graphs, o.compile, o.where)
-    o.sharded = check_parallel(o.parallel, o.where, compile=o.compile, deterministic=o.deterministic, max_memory=o.max_memory)
+    o.teacher, o.distill = check_teachers(o.teacher, o.distill)
+    check_graphs(o.cuda_graphs, o.compile, o.where, o.teacher)
+    o.sharded = check_parallel(o.parallel, o.where, compile=o.compile, deterministic=o.deterministic, max_memory=o.max_memory, teacher=', '.join(map(str, o.teacher)))
     if o.compile: check_compiler(o.where)
     o.share = validation_share(o.val_data, o.val_split)
     return o
 
 # %% ../nbs/12_train.ipynb #e46452e2
-def _announce(o, source, val_source, own, on):
+def _announce(o, source, val_source, own, on, teachers):
     "What is about to be trained, in a box"
     banner('Pre-training LLM', {
         **({} if o.recipe == 'plain' else {'Recipe': recipe_line(o.recipe, vars(o))}), 'Device': on, 'Precision': o.loop.precision, 'Data': source.name, 'Validation': val_source.name if val_source else f'{o.share:.0%} split',
-        'Tokenizer': o.tokenizer or own or f'{o.vocab_size:,} pieces, trained on the data', 'Batch size': o.batch_size, 'Gradient accumulation': o.grad_accumulation,
+        'Tokenizer': o.tokenizer or own or (teachers and "the teacher's") or f'{o.vocab_size:,} pieces, trained on the data', **({'Teacher': teachers} if teachers else {}), 'Batch size': o.batch_size, 'Gradient accumulation': o.grad_accumulation,
         'Learning rate': o.learning_rate, 'Epochs': o.epochs, 'Warmup steps': o.warmup_steps, 'Early stopping patience': o.early_stopping_patience or 'off'})
 
 def _read_and_join(o, folder, going_on, processes):
@@ -726,20 +739,22 @@ def _read_and_join(o, folder, going_on, processes):
     loop = as_before(o.loop, o.precision, folder) if going_on else o.loop
     own = folder/'tokenizer' if going_on else None
     tok = o.tokenizer if isinstance(o.tokenizer, Tokenizer) else Tokenizer.load(own if o.tokenizer is None else o.tokenizer) if own or o.tokenizer is not None else None
+    teachers = load_teachers(o.teacher, o.distill, tok) if o.teacher else None
+    if teachers: check_window(teachers, o.shape.max_seq_len)
     quiet = o.quiet or not processes.first
     say = (lambda *a: None) if quiet else lambda text='': print(text, flush=True)
-    if not quiet: _announce(SimpleNamespace(**{**vars(o), 'loop': loop}), source, val_source, own, computing_on(o.where, processes, folder if going_on else None))
-    tok = tok or Tokenizer(*lead(processes, lambda: (t := train_tokenizer(o.data, vocab_size=o.vocab_size, field=o.field)) and (t.model, t.options)))
+    if not quiet: _announce(SimpleNamespace(**{**vars(o), 'loop': loop}), source, val_source, own, computing_on(o.where, processes, folder if going_on else None), teachers)
+    tok = tok or (teachers and teachers.tokenizer) or Tokenizer(*lead(processes, lambda: (t := train_tokenizer(o.data, vocab_size=o.vocab_size, field=o.field)) and (t.model, t.options)))
     room_after(o.prompt, tok, o.shape)
     with in_turn(processes): train, val = read_texts(source, val_source, o.share, tok, o.seed, o.cache, say)
     shape, blocks = with_vocabulary(o.config, o.shape, tok), (o.batch_size, o.grad_accumulation)
-    if o.max_memory: blocks = lead(processes, lambda: within(o.max_memory, shape, *blocks, loop.precision, o.optimizer, o.recompute, folder if going_on else None, say))
+    if o.max_memory: blocks = lead(processes, lambda: within(o.max_memory, shape, *blocks, loop.precision, o.optimizer, o.recompute, folder if going_on else None, say, teachers.copies(loop.precision) if teachers else 0.))
     batches = Batches(train.ids, shape.max_seq_len, *blocks, o.seed, tok.bos_id, processes.rank, processes.world, halves=o.deterministic)
     loop = replace(loop, steps_per_epoch=batches.steps_per_epoch)
     warmup, note = fit_warmup(o.warmup_steps, loop.total)
     if note: say(note)
     return Job(folder, shape, replace(loop, warmup_steps=warmup), o.optim, tok, train, val, batches, o.eval_tokens, o.deterministic, o.compile, o.domain, o.memory, o.recompute,
-               graphs=o.cuda_graphs, prompt=o.prompt)
+               graphs=o.cuda_graphs, prompt=o.prompt, teachers=teachers)
 
 # %% ../nbs/12_train.ipynb #8fa934de
 @with_recipe
@@ -748,7 +763,7 @@ def pretrain(
     config:str='small',               # a preset (`tiny`, `small`, `medium`, `large`) or a YAML file with the model's fields
     val_data:str|None=None,           # text to validate on; left out, a share of `data`
     val_split:float|None=None,        # share of `data` to validate on (default: 0.1, or 0 with `val_data`)
-    tokenizer:str|None=None,          # folder of a tokenizer; left out, one is trained on `data` and kept in the run folder
+    tokenizer:str|None=None,          # folder of a tokenizer; left out, the teacher's is taken, or one is trained on `data` and kept in the run folder
     vocab_size:int=8000,              # pieces of a tokenizer trained here
     field:str='text',                 # name of the text in the records of a `.jsonl` file
     epochs:int=3,                     # passes over the training text
@@ -764,6 +779,8 @@ def pretrain(
     weight_decay:float=.1,            # pull of the matrices towards zero
     max_grad_norm:float=1.,           # longer gradients are shortened to this; 0 leaves them
     schedule:str='cosine',            # descent of the rate: `cosine`, or `wsd` to stay at the peak until the last fifth
+    teacher:str|list|None=None,       # a run or checkpoint to learn from besides the text; of several (`--teacher A --teacher B`), the mean of what they expect
+    distill:float|None=None,          # share of the target that is the teacher's (default with `teacher`: 0.5)
     domain:str='base',                # what this text is called when other domains follow
     memory:float|None=None,           # share of the training tokens kept for later domains to replay; 0 keeps none (default: 0.05, or 10 MB where that is more; at most 50 MB)
     seed:int=0,                       # seed of the split, the weights, the order and the dropout
@@ -797,7 +814,7 @@ def pretrain(
     with join_processes(asked.where) as processes:
         processes = replace(processes, sharded=asked.sharded)
         share_of_step(asked.batch_size, asked.grad_accumulation, processes.world)
-        folder = lead(processes, lambda: check_folder(save_dir, asked.resume, asked.overwrite))
+        folder = lead(processes, lambda: apart_from(asked.teacher, check_folder(save_dir, asked.resume, asked.overwrite)))
         going_on = lead(processes, lambda: asked.resume and (folder/'run.json').exists())
         job = _read_and_join(asked, folder, going_on, processes)
         if not going_on: lead(processes, lambda: check_room(folder, count_params(job.shape), min(epochs, keep_epochs or epochs)))
@@ -805,6 +822,18 @@ def pretrain(
         processes.wait()  # nobody leaves before the first has had its last word
         return run
 
+
+# %% ../nbs/12_train.ipynb #283a125a
+def command_line(
+    given:dict, # options of `pretrain`, by name
+)->str:
+    "What to type for them"
+    known = inspect.signature(pretrain).parameters
+    def said(k, v):
+        if v is False: return f"--no-{k}" if known[k].default is None else ''  # off is the default of the others
+        if isinstance(v, (list, tuple)): return ' '.join(said(k, one) for one in v)
+        return f"--{k}" + ('' if v is True else f" {shlex.quote(str(v))}")
+    return ' '.join(['continual-llm pretrain', *filter(None, (said(k, v) for k, v in given.items() if v is not None))])
 
 # %% ../nbs/12_train.ipynb #7c14b571
 QUICK = dict(data='builtin:english', config='tiny', vocab_size=4000, max_seq_len=128, epochs=2, batch_size=8, grad_accumulation=1, learning_rate=1.2e-2,
@@ -815,7 +844,7 @@ def quickstart(
 )->Run:
     "A first model in about two minutes, on English that every Python carries"
     asked = {**QUICK, **given}
-    if not asked.get('quiet'): print('Quick start, the same as:\n  continual-llm pretrain ' + ' '.join(f'--{k}' + ('' if v is True else f' {v}') for k, v in asked.items()) + '\n')
+    if not asked.get('quiet'): print(f'Quick start, the same as:\n  {command_line(asked)}\n')
     return pretrain(**asked)
 
 # %% ../nbs/12_train.ipynb #8a7bdbf6

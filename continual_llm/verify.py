@@ -95,13 +95,13 @@ def _settings(given, folder):
     "What every run is called with: plain values, a tokenizer that is trained once, token files that are made once"
     full = inspect.signature(pretrain).bind(**given)
     full.apply_defaults()
-    data, tok, size, field = (full.arguments[k] for k in ('data', 'tokenizer', 'vocab_size', 'field'))
-    if tok is None: tok = train_tokenizer(data, vocab_size=size, field=field)
+    data, tok, size, field, teacher = (full.arguments[k] for k in ('data', 'tokenizer', 'vocab_size', 'field', 'teacher'))
+    if tok is None and teacher is None: tok = train_tokenizer(data, vocab_size=size, field=field)  # a teacher has its own
     if isinstance(tok, Tokenizer):
         tok.save(folder/'tokenizer')
         tok = folder/'tokenizer'
-    plain = {k: v.to_dict() if hasattr(v, 'to_dict') else str(v) if isinstance(v, Path) else v for k, v in given.items()}
-    return dict(plain, tokenizer=str(tok), cache=str(given.get('cache') or folder/'cache'), quiet=True)
+    def plain(v): return [plain(x) for x in v] if isinstance(v, (list, tuple)) else v.to_dict() if hasattr(v, 'to_dict') else str(v) if isinstance(v, Path) else v
+    return dict({k: plain(v) for k, v in given.items()}, tokenizer=tok and str(tok), cache=str(given.get('cache') or folder/'cache'), quiet=True)
 
 # %% ../nbs/15_verify.ipynb #1f2371d9
 def _untouched(nest, settings, name):

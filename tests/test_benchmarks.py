@@ -244,15 +244,16 @@ def test_what_is_asked_for_is_the_same_compiled(q, monkeypatch, what, size):
     row = replace(q.ROWS['base'], **q.MINI, attn_dropout=0., dropout=0., word_drop=0., smoothing=.2*(what == 'smoothing'), taught=.25)
     torch.manual_seed(0)
     teachers = [q.Student(replace(row, smoothing=0.)).eval() for _ in range(2*(what == 'teachers'))]
-    model, ids = q.Student(row, teachers).train(), torch.randint(row.vocab, (size, 9))
+    model, ids = q.Student(row).train(), torch.randint(row.vocab, (size, 9))
     for m in (model, *teachers): m.embed.weight.data *= 20  # so that what they say differs
     x, y = ids[:, :-1], ids[:, 1:]
     logs, true = model.logits(model.hidden(x)).detach().double().log_softmax(-1), torch.nn.functional.one_hot(y, row.vocab)
     asked = .8*true + .2/row.vocab if what == 'smoothing' else true
     if teachers: asked = .75*true + .25*sum(t(x).detach().double().softmax(-1) for t in teachers)/2
     expected = -(asked*logs).sum()
-    net = q.compiled(model, SimpleNamespace(batch_size=2))
-    assert net(x, y).item() == pytest.approx(expected.item(), rel=1e-5) and model(x, targets=y, reduction='sum').item() == pytest.approx(expected.item(), rel=1e-5)
+    for compiled in (True, False):
+        loss, n = q.loss_of(model, SimpleNamespace(batch_size=2), teachers, compiled)(model, (x, y))
+        assert n == y.numel() and loss.item() == pytest.approx(expected.item(), rel=1e-5)
     plain = -(true*logs).sum().item()
     assert (expected.item() == pytest.approx(plain, rel=1e-3)) == (what == 'none')
     assert model.eval()(x, targets=y, reduction='sum').item() == pytest.approx(plain, rel=1e-5)

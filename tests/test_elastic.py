@@ -70,6 +70,13 @@ def test_the_same_bits_when_asked_for(home):
     assert not run_difference(home/'one', home/'two')
 
 
+def test_each_has_the_teacher(home):
+    "One process and two learn the same from it"
+    taught = ['--deterministic', '--teacher', str(home/'one'), '--seed', '1', '--max_steps', '10']
+    go(home, 'taught', *taught), go(home, 'taught by two', *taught, start=TORCHRUN)
+    assert not run_difference(home/'taught', home/'taught by two') and len(steps(home/'taught')) == 10
+
+
 def test_one_after_two(home):
     "SIGTERM to torchrun: both save and leave together. A mistake is said once. One process goes on to the same bits"
     with subprocess.Popen(command(home, 'both', '--deterministic', start=TORCHRUN), env=env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as p:

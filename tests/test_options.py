@@ -1,10 +1,11 @@
 "Every option does what its comment says: each is changed alone, and what follows is checked against a value worked out by hand"
-import inspect, json, math, re, subprocess, sys
+import inspect, json, math, re, shutil, subprocess, sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
 from continual_llm import generate as writing, narrow, train as training
 from continual_llm.cli import generate_command, main, parse
@@ -16,7 +17,7 @@ from continual_llm.memory import domains
 from continual_llm.model import Block, ContinualLLM, ModelConfig, model_config
 from continual_llm.recipes import recipe_options
 from continual_llm.tokenizer import Tokenizer, train_tokenizer
-from continual_llm.train import check_saving, memory_bound, pretrain
+from continual_llm.train import check_saving, memory_bound, prepare_job, pretrain
 
 WORDS = 'cat horse hen fox owl elephant mat log hillside road'.split()
 LINES = [f'the {a} sat on the {b} and saw the {c} .\n\n' for a in WORDS for b in WORDS for c in WORDS[:3]]
@@ -302,6 +303,47 @@ def test_recipe(train, capsys):
 
 
 # ---- pretrain: the steps ----
+
+@shows(pretrain, 'teacher', 'distill')
+def test_teacher(train, home, tmp_path, capsys):
+    "The first loss is that of the text and the teachers' mean, worked out here; a run is resumed with the same teachers alone"
+    first, second = train(max_steps=30), train(max_steps=30, seed=1)
+    job = prepare_job(**BASE, data=str(home/'text.txt'), config=str(home/'shape.yaml'), tokenizer=str(home/'tok'), cache=str(home/'cache'), seed=2)
+    (x, y), = job.batches(0)
+    scores = job.make_model().eval()(x).flatten(0, 1)
+    came, expected = F.cross_entropy(scores, y.flatten()).item(), [load_model(r.folder)[0](x).flatten(0, 1).softmax(1) for r in (first, second)]
+    def mixed(share, *known): return (1-share)*came + share*F.cross_entropy(scores, sum(known)/len(known)).item()
+    def loss(**changes): return steps(train(seed=2, max_steps=1, **changes), 'loss')[0]
+    assert loss() == pytest.approx(came, rel=1e-5)
+    assert loss(teacher=str(first.folder)) == pytest.approx(mixed(.5, expected[0]), rel=1e-5)
+    assert loss(teacher=first.folder/'final'/'model.pt', distill=.9) == pytest.approx(mixed(.9, load_model(first.folder/'final'/'model.pt')[0](x).flatten(0, 1).softmax(1)), rel=1e-5)
+    assert loss(teacher=[first.folder, second.folder], distill=1.) == pytest.approx(mixed(1., *expected), rel=1e-5)
+    assert len({mixed(.5, expected[0]), mixed(.9, expected[0]), mixed(1., *expected), came}) == 4 and abs(mixed(.5, expected[0]) - came) > 1e-3*came
+    capsys.readouterr()
+    taught = train(teacher=[str(first.folder), str(second.folder)], tokenizer=None, seed=2, quiet=False)
+    assert f'{first.folder}, {second.folder} (0.5 of the target, by their mean)' in capsys.readouterr().out and taught.tokenizer.hash == first.tokenizer.hash
+    for other, what in (({}, 'distill was 0.5 .* is None now'), (dict(teacher=[first.folder, second.folder], distill=.75), 'distill was 0.5 .* is 0.75 now'), (dict(teacher=[second.folder, first.folder]), 'teachers was')):
+        with pytest.raises(UserError, match=what): train(seed=2, save_dir=str(taught.folder), resume=True, **other)
+    moved = shutil.copytree(second.folder, tmp_path/'moved')
+    left = train(teacher=[first.folder, moved], seed=2, save_dir=str(tmp_path/'left'), max_time=1e-9)
+    again = train(teacher=[first.folder, second.folder], seed=2, save_dir=str(left.folder), resume=True)
+    assert left.stopped and all(torch.equal(w, newest(taught)[k]) for k, w in newest(again).items())
+    for bad, what in ((dict(distill=.3), 'there is none'), (dict(teacher=first.folder, max_seq_len=32), '--max_seq_len 16'), (dict(teacher=first.folder, save_dir=str(first.folder), overwrite=True), 'must outlast'),
+                      (dict(teacher=first.folder, cuda_graphs=True, compile=True), 'without a teacher'), (dict(teacher=tmp_path/'none'), 'no checkpoint'), (dict(teacher=first.folder, parallel='fsdp'), 'torchrun')):
+        with pytest.raises(UserError, match=what): train(**bad)
+
+
+def test_a_teacher_beside_a_compiled_model(train, monkeypatch):
+    "Blocks of the usual number go through the compiled model, and the numbers stay"
+    first = train(max_steps=5)
+    plain, seen = newest(train(teacher=first.folder, epochs=1, max_steps=0, batch_size=7)), []
+    def compiled(f, **how):
+        def run(x, *more): return seen.append((f.__name__, len(x))) or f(x, *more)
+        return run if callable(f) and not isinstance(f, torch.nn.Module) else f
+    monkeypatch.setattr(torch, 'compile', compiled)
+    again = newest(train(teacher=first.folder, epochs=1, max_steps=0, batch_size=7, compile=True))
+    assert {s for s in seen if s[0] == 'hidden'} == {('hidden', 7)} and all(torch.equal(w, plain[k]) for k, w in again.items())  # the compiler itself is tried on a lambda first
+
 
 @shows(pretrain, 'epochs', 'max_steps')
 def test_epochs_and_max_steps(train, home):

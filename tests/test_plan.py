@@ -3,7 +3,7 @@ import json, math, os
 from pathlib import Path
 import pytest
 import torch
-from continual_llm import lr_find as finding, plan as planning
+from continual_llm import distill, lr_find as finding, plan as planning
 from continual_llm.cli import main
 from continual_llm.core import UserError
 from continual_llm.footprint import run_bytes
@@ -131,6 +131,19 @@ def test_memory_is_foretold(same, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, 'standing_bytes', lambda: 1e8)
     shape = model_config('tiny', vocab_size=300)
     for n in (1, 32): assert plan(**{**same, 'batch_size': n, 'config': 'tiny'}, recipe='plain', seconds=.01, save_dir=str(tmp_path/'run')).pace.memory == run_bytes(shape, n, 1e8, precision='fp32')
+
+
+def test_a_teacher_is_planned_for(same, tmp_path, monkeypatch):
+    "It is asked in the steps that are measured, its copies are in the memory, its tokenizer is the run's, and it stands in the command"
+    monkeypatch.setattr(planning, 'standing_bytes', lambda: 1e8)
+    pretrain(**{**same, 'max_steps': 2}, save_dir=str(tmp_path/'first'))
+    asked, mixed = [], distill.mixed_nats
+    monkeypatch.setattr(distill, 'mixed_nats', lambda *a: asked.append(len(a[2])) or mixed(*a))
+    teachers = [str(tmp_path/'first')]*2
+    found = plan(**{**same, 'tokenizer': None, 'precision': 'bf16'}, recipe='plain', teacher=teachers, seconds=.01, save_dir=str(tmp_path/'run'))
+    without = plan(**{**same, 'precision': 'bf16'}, recipe='plain', seconds=.01, save_dir=str(tmp_path/'run'))
+    assert set(asked) == {2} and found.pace.memory - without.pace.memory == 2*2*found.n_params
+    assert f'--teacher {teachers[0]} --teacher {teachers[1]}' in found.command and '--vocab_size' not in found.command and found.n_pieces == without.n_pieces
 
 
 def test_what_is_not_given_is_suggested(same, home, tmp_path):

@@ -6,6 +6,7 @@ from continual_llm import nest, verify
 from continual_llm.cli import main
 from continual_llm.compare import compare_twins
 from continual_llm.nest import Moment
+from continual_llm.train import pretrain
 from continual_llm.verify import verify_resume
 
 TINY = dict(config='tiny', vocab_size=285, max_seq_len=16, batch_size=2, grad_accumulation=1, learning_rate=3e-3, max_steps=8, eval_every=4, save_every=2)
@@ -71,6 +72,13 @@ def test_a_right_resume_is_identical_and_nothing_is_left(text, capsys):
     out = capsys.readouterr().out
     assert not e.value.code and 'kill 1: after step' in out and 'identical: 8 steps, 1 kill' in out
     assert not left(text) and [p.name for p in own.parent.iterdir()] == ['mine'] and (own/'run.json').read_text() == 'mine'
+
+
+def test_a_run_with_a_teacher_is_killed_too(text):
+    "Whose tokenizer is the run's"
+    first = pretrain(data=text, **TINY, save_dir=text.parent/'first', quiet=True)
+    report = verify_resume(str(text), kills=1, quiet=True, teacher=[first.folder], seed=1, **TINY)
+    assert report.identical and len(report.lives) == 2
 
 
 def test_mistakes_are_one_line_and_leave_nothing(text, monkeypatch, capsys):
