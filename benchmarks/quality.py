@@ -107,7 +107,7 @@ def family(name, row, **more):
 
 ROWS = {'base': Row(attn_dropout=.1), 'wd-1.5': Row(attn_dropout=.1, decay=1.5), 'wd-3': Row(attn_dropout=.1, decay=3.), 'dropout-.35': Row(attn_dropout=.1, dropout=.35),
         'plain': replace(SMALL, n_kv_heads=8, qk_norm=False, dropout=0., word_drop=0., optimizer='adamw', rate=2e-3, decay=.1, batch=8),
-        **family('few', FEW, wide=dict(d_model=192, n_heads=6, n_kv_heads=6, d_ff=576), **{'wide-6': dict(d_model=192, n_heads=6, n_kv_heads=6, d_ff=576, epochs=6), 'narrow-18': dict(d_model=96, n_heads=3, n_kv_heads=3, d_ff=288, epochs=18)}, **{f'passes-30-wd-{d:g}': dict(epochs=30, decay=d) for d in (.6, 1.5, 3)}), **family('quarter', QUARTER, narrow=dict(d_model=128, n_heads=4, n_kv_heads=4, d_ff=384), wide=dict(d_model=256, n_heads=8, n_kv_heads=8, d_ff=768)), **family('part', PART, **{f'passes-20-wd-{d:g}': dict(epochs=20, decay=d) for d in (.6, 1.5)}), **family('small', SMALL), **family('large', Row(decay=1.5, word_drop=0., epochs=16), wide=dict(d_model=768, n_heads=12, n_kv_heads=12, d_ff=2304)),
+        **family('few', FEW, wide=dict(d_model=192, n_heads=6, n_kv_heads=6, d_ff=576), **{'wide-6': dict(d_model=192, n_heads=6, n_kv_heads=6, d_ff=576, epochs=6), 'narrow-18': dict(d_model=96, n_heads=3, n_kv_heads=3, d_ff=288, epochs=18)}, **{f'passes-30-wd-{d:g}': dict(epochs=30, decay=d) for d in (1.5, 3)}), **family('quarter', QUARTER, narrow=dict(d_model=128, n_heads=4, n_kv_heads=4, d_ff=384), wide=dict(d_model=256, n_heads=8, n_kv_heads=8, d_ff=768)), **family('part', PART), **family('small', SMALL), **family('large', Row(decay=1.5, word_drop=0., epochs=16), wide=dict(d_model=768, n_heads=12, n_kv_heads=12, d_ff=2304)),
         'hours': HOURS, 'half-hour': HALF_HOUR, **{f'half-hour-{what}': replace(HALF_HOUR, **how) for what, how in dict(again=dict(teachers=('half-hour',), seed=3), taught=dict(teachers=HALF_HOURS, seed=4), ensemble=dict(ensemble=HALF_HOURS)).items()}, **family('final', Row(decay=2.5, dropout=.25, final=True))}
 
 
@@ -397,8 +397,7 @@ def study(a):
         print(done.stdout.strip() or f'{name} failed: {done.stderr[-2000:]}', flush=True)
         return done.returncode
     waits = [n for n in names if chosen(a, n).teachers or chosen(a, n).ensemble]  # for the others
-    with ThreadPoolExecutor(a.jobs) as pool: codes = list(pool.map(run, [n for n in names if n not in waits]))
-    return any(codes + [run(n) for n in waits])
+    with ThreadPoolExecutor(a.jobs) as pool: return any([code for wave in ([n for n in names if n not in waits], waits) for code in list(pool.map(run, wave))])
 
 
 def main():

@@ -39,7 +39,7 @@ from .recipes import recipe_line, recipe_options, with_recipe
 from .schedule import fit_warmup
 from .source import Source
 from .split import prepare_split
-from .teachers import Teachers, apart_from, check_teachers, check_window, load_teachers
+from .teachers import Teachers, apart_from, check_teachers, check_unread, check_window, load_teachers, split_of, split_seed
 from .tokenizer import Tokenizer, train_tokenizer
 
 # %% ../nbs/12_train.ipynb #4df5502a
@@ -339,7 +339,7 @@ class Job:
         versions = dict(python=platform.python_version(), torch=str(torch.__version__), continual_llm=__version__)
         record = dict(settings=self.settings, accepts=[run_id(self.settings)], threads=torch.get_num_threads(), device=self.loop.device, versions=versions, status='running')
         write_bytes(self.folder/'config.yaml', _yaml(self.shape.to_dict()))
-        record.update(self.beginning())
+        record.update(split=split_of(self.val), **self.beginning())
         return self.note(record)
 
     def beginning(self)->dict:
@@ -710,6 +710,7 @@ def check_options(
     o = SimpleNamespace(**asked, where=pick_device(asked['device']))
     for name in ('batch_size', 'grad_accumulation', 'vocab_size', 'eval_tokens', 'seed'): setattr(o, name, in_range(name, asked[name], int(name not in ('eval_tokens', 'seed')), whole=True))
     for name in SWITCHES: setattr(o, name, yes_or_no(name, asked[name]))
+    if o.split_seed is not None: o.split_seed = in_range('split_seed', o.split_seed, 0, whole=True)
     o.loop = LoopConfig(1, o.epochs, o.learning_rate, o.warmup_steps, early_stopping_patience=o.early_stopping_patience, max_grad_norm=o.max_grad_norm, spike=o.spike,
                         schedule=o.schedule, eval_every=o.eval_every, max_steps=o.max_steps, max_time=o.max_time, save_every=o.save_every, keep_epochs=o.keep_epochs,
                         precision=pick_precision(o.precision, o.where), device=str(o.where), seed=o.seed)
@@ -746,7 +747,9 @@ def _read_and_join(o, folder, going_on, processes):
     if not quiet: _announce(SimpleNamespace(**{**vars(o), 'loop': loop}), source, val_source, own, computing_on(o.where, processes, folder if going_on else None), teachers)
     tok = tok or (teachers and teachers.tokenizer) or Tokenizer(*lead(processes, lambda: (t := train_tokenizer(o.data, vocab_size=o.vocab_size, field=o.field)) and (t.model, t.options)))
     room_after(o.prompt, tok, o.shape)
-    with in_turn(processes): train, val = read_texts(source, val_source, o.share, tok, o.seed, o.cache, say)
+    seed = split_seed(teachers, source.hash(), o.seed) if o.split_seed is None else o.split_seed
+    with in_turn(processes): train, val = read_texts(source, val_source, o.share, tok, seed, o.cache, say)
+    if teachers: check_unread(teachers, val, say)
     shape, blocks = with_vocabulary(o.config, o.shape, tok), (o.batch_size, o.grad_accumulation)
     if o.max_memory: blocks = lead(processes, lambda: within(o.max_memory, shape, *blocks, loop.precision, o.optimizer, o.recompute, folder if going_on else None, say, teachers.copies(loop.precision) if teachers else 0.))
     batches = Batches(train.ids, shape.max_seq_len, *blocks, o.seed, tok.bos_id, processes.rank, processes.world, halves=o.deterministic)
@@ -784,6 +787,7 @@ def pretrain(
     domain:str='base',                # what this text is called when other domains follow
     memory:float|None=None,           # share of the training tokens kept for later domains to replay; 0 keeps none (default: 0.05, or 10 MB where that is more; at most 50 MB)
     seed:int=0,                       # seed of the split, the weights, the order and the dropout
+    split_seed:int|None=None,         # seed of the split alone, for runs of several seeds that are to be judged by the same text (default: the teacher's, or `seed`)
     prompt:str='',                    # how the sample begins that the model writes at each evaluation
     device:str='auto',                # where to compute: `auto`, `cuda`, `mps` or `cpu`
     precision:str='auto',             # `fp32`, `bf16`, or `auto` for what the hardware multiplies natively

@@ -307,14 +307,14 @@ def test_recipe(train, capsys):
 @shows(pretrain, 'teacher', 'distill')
 def test_teacher(train, home, tmp_path, capsys):
     "The first loss is that of the text and the teachers' mean, worked out here; a run is resumed with the same teachers alone"
-    first, second = train(max_steps=30), train(max_steps=30, seed=1)
-    job = prepare_job(**BASE, data=str(home/'text.txt'), config=str(home/'shape.yaml'), tokenizer=str(home/'tok'), cache=str(home/'cache'), seed=2)
+    first, second = train(max_steps=30), train(max_steps=30, seed=1, split_seed=0)
+    job = prepare_job(**BASE, data=str(home/'text.txt'), config=str(home/'shape.yaml'), tokenizer=str(home/'tok'), cache=str(home/'cache'), seed=2, split_seed=0)
     (x, y), = job.batches(0)
     scores = job.make_model().eval()(x).flatten(0, 1)
     came, expected = F.cross_entropy(scores, y.flatten()).item(), [load_model(r.folder)[0](x).flatten(0, 1).softmax(1) for r in (first, second)]
     def mixed(share, *known): return (1-share)*came + share*F.cross_entropy(scores, sum(known)/len(known)).item()
     def loss(**changes): return steps(train(seed=2, max_steps=1, **changes), 'loss')[0]
-    assert loss() == pytest.approx(came, rel=1e-5)
+    assert loss(split_seed=0) == pytest.approx(came, rel=1e-5)
     assert loss(teacher=str(first.folder)) == pytest.approx(mixed(.5, expected[0]), rel=1e-5)
     assert loss(teacher=first.folder/'final'/'model.pt', distill=.9) == pytest.approx(mixed(.9, load_model(first.folder/'final'/'model.pt')[0](x).flatten(0, 1).softmax(1)), rel=1e-5)
     assert loss(teacher=[first.folder, second.folder], distill=1.) == pytest.approx(mixed(1., *expected), rel=1e-5)
@@ -331,6 +331,23 @@ def test_teacher(train, home, tmp_path, capsys):
     for bad, what in ((dict(distill=.3), 'there is none'), (dict(teacher=first.folder, max_seq_len=32), '--max_seq_len 16'), (dict(teacher=first.folder, save_dir=str(first.folder), overwrite=True), 'must outlast'),
                       (dict(teacher=first.folder, cuda_graphs=True, compile=True), 'without a teacher'), (dict(teacher=tmp_path/'none'), 'no checkpoint'), (dict(teacher=first.folder, parallel='fsdp'), 'torchrun')):
         with pytest.raises(UserError, match=what): train(**bad)
+
+
+@shows(pretrain, 'split_seed')
+def test_split_seed(train, home, tmp_path, capsys):
+    "Which text judges does not depend on `seed` then; a student is judged as its teacher was, and by no text that its teacher learned"
+    def val(run): return domains(run.folder/'memory')[0].val.ids.tolist()
+    first, other = train(), train(seed=1)
+    assert val(first) == val(train(seed=1, split_seed=0)) == val(train(seed=1, teacher=first.folder)) != val(other)
+    assert read_json(other.folder/'run.json', 'run')['split'] == dict(val_split=.1, seed=1)
+    assert read_json(train(val_data=str(home/'few.txt')).folder/'run.json', 'run')['split'] == {}
+    for how in (dict(teacher=first.folder, split_seed=1), dict(teacher=[first.folder, other.folder]), dict(teacher=first.folder, val_split=.2), dict(teacher=first.folder, val_data=str(home/'text.txt'))):
+        with pytest.raises(UserError, match='was trained on text that this run would be validated on .*--val_data'): train(seed=2, **how)
+    shutil.copy(first.folder/'best'/'checkpoint.pt', tmp_path/'alone.pt')
+    capsys.readouterr()
+    train(teacher=tmp_path/'alone.pt', quiet=False)
+    assert f"Nothing is known of what teacher={tmp_path/'alone.pt'} read" in capsys.readouterr().out
+    with pytest.raises(UserError, match='split_seed=-1'): train(split_seed=-1)
 
 
 def test_a_teacher_beside_a_compiled_model(train, monkeypatch):
