@@ -33,8 +33,9 @@ class _MixedNats(torch.autograd.Function):
         wide = torch.promote_types(dtype, torch.float32)
         dh, dw = torch.empty_like(h), torch.zeros_like(w) if w.requires_grad else None
         x, m, *known = [a.to(dtype) for a in (h, w, *sum(known, ()))]
-        s, t, q, q_too, p, p_tau = [h.new_empty((n, V), dtype=kind) for kind in (dtype, dtype, dtype, dtype, wide, wide)] # used again for every slice; of what is not, nothing is ever written
         known = list(zip(known[::2], known[1::2]))
+        s, t, q, p, p_tau = [h.new_empty((n, V), dtype=kind) for kind in (dtype, dtype, dtype, wide, wide)]   # used again for every slice
+        q_too = torch.empty_like(q) if len(known) > 1 else None
         for i in range(0, len(h), rows):
             k = len(h[i:i+rows])
             here, came = x[i:i+k], y[i:i+k]                                                                    # (n,d), (n,)
@@ -92,6 +93,7 @@ def distilled(
     in_range('share', share, 0, 1)
     in_range('temperature', temperature, 0, 100, '(]')
     teachers = [teacher] if isinstance(teacher, torch.nn.Module) else list(teacher)
+    if not teachers: raise UserError("there is no teacher to ask; give one")
     def loss_fn(model, micro):
         x, y, *marks = micro
         asked = marks[0] if marks else torch.ones(len(x), dtype=torch.bool)

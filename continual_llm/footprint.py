@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SLICE', 'LATER', 'EVALUATED', 'SPARE', 'count_params', 'matrix_numbers', 'layer_numbers', 'flops_per_token',
-           'layer_bytes', 'activation_bytes', 'state_bytes', 'step_bytes', 'evaluation_bytes', 'run_bytes',
-           'fit_blocks']
+           'layer_bytes', 'activation_bytes', 'state_bytes', 'step_bytes', 'reading_bytes', 'evaluation_bytes',
+           'run_bytes', 'fit_blocks']
 
 # %% ../nbs/04a_footprint.ipynb #5d80b51f
 import torch
@@ -98,16 +98,25 @@ LATER = 80_000_000 # bytes of what is loaded with the first step
 EVALUATED = 8      # windows at once when a model is evaluated
 SPARE = 1.1        # a run that goes on for long is so much larger than what is foretold, at most
 
+def reading_bytes(
+    shape:ModelConfig,
+    tokens:int,            # that are read at once
+    precision:str='bf16',  # `bf16` or `fp32`
+)->int:                    # bytes
+    "What the layer at work takes where nothing is kept for a backward pass (CPU)"
+    w, (d, h, k) = _word(precision), _widths(shape)
+    return tokens*(8*d + 2*w*d + 4*w*max(shape.d_ff, h + k))
+
 def evaluation_bytes(
     shape:ModelConfig,
     precision:str='bf16',  # `bf16` or `fp32`
     seq_len:int|None=None, # of the windows; None takes the model's longest
 )->int:                    # bytes
     "What an evaluation takes, of which only the layer at work, or the scores, are held (CPU)"
-    w, (d, h, k), V = _word(precision), _widths(shape), shape.vocab_size
+    w, d, V = _word(precision), shape.d_model, shape.vocab_size
     tokens, half = EVALUATED*(seq_len or shape.max_seq_len), w == 2
-    layer, scores = tokens*(8*d + 2*w*d + 4*w*max(shape.d_ff, h + k)), tokens*8*d + 2*V*d*half + min(SLICE, tokens)*V*(w + 4)
-    return 2*count_params(shape)*half + max(layer, scores)
+    scores = tokens*8*d + 2*V*d*half + min(SLICE, tokens)*V*(w + 4)
+    return 2*count_params(shape)*half + max(reading_bytes(shape, tokens, precision), scores)
 
 def run_bytes(
     shape:ModelConfig,

@@ -121,7 +121,7 @@ def peak_bytes(
 )->float:
     "Memory of a run at its fullest"
     if torch.device(job.loop.device).type == 'cuda': return torch.cuda.max_memory_allocated(job.loop.device)
-    beside = job.teachers.copies(job.loop.precision) if job.teachers else 0
+    beside = job.teachers.bytes(job.batches.batch_size*job.shape.max_seq_len, job.loop.precision) if job.teachers else 0
     return beside + run_bytes(job.shape, job.batches.batch_size, standing, job.optim.optimizer, precision=job.loop.precision, recompute=job.recompute)
 
 def measure(
@@ -262,11 +262,16 @@ def choose(
     for name in names[1:]:
         _, job, pace = best
         larger = model_config(name, vocab_size=job.shape.vocab_size)
-        if not fits(job, replace(pace, tokens=pace.tokens*flops_per_token(job.shape)/flops_per_token(larger))): break
+        if not fits(job, replace(pace, tokens=pace.tokens*_work(job, job.shape)/_work(job, larger))): break
         new = measured(name)
         if not fits(*new): break
         best = (name, *new)
     return best
+
+def _work(job, shape):
+    "Operations for a token of a model of some shape, trained as in a job: a teacher only reads, which is a third"
+    read = sum(flops_per_token(m.config) for m in job.teachers.models) if job.teachers else 0
+    return flops_per_token(shape) + read/3
 
 # %% ../nbs/12h_plan.ipynb #692d6f43
 WITHOUT = ['panel', 'actions', 'parallel', 'resume', 'overwrite', 'max_time', 'quiet'] # options of `pretrain` that change nothing here
@@ -289,6 +294,7 @@ def plan(
     tok, asked_size = _pieces(data, asked, say)
     def job_of(**chosen): return prepare_job(**{'config': 'tiny', **asked, **chosen, 'data': data, 'tokenizer': tok, 'quiet': True})
     first = job_of()
+    told, asked = asked, {**asked, **(dict(teacher=first.teachers, distill=None) if first.teachers else {})}  # loaded once
     asked = {'recipe': suggest_recipe(first.train.n_tokens, **asked), **asked}
     standing = count_params(first.shape) and standing_bytes()
     def measured(config):
@@ -298,7 +304,7 @@ def plan(
     config, job, pace = _model(asked, first, measured, 3600*hours)
     epochs, max_steps, notes = _length(asked, job, pace, 3600*hours)
     chosen = dict(config=config, vocab_size=asked_size, epochs=epochs, max_steps=max_steps)
-    words = dict(data=data, **{k: v for k, v in asked.items() if k not in chosen}, **{k: v for k, v in chosen.items() if v})
+    words = dict(data=data, **{k: told.get(k, v) for k, v in asked.items() if k not in chosen and told.get(k, v) is not None}, **{k: v for k, v in chosen.items() if v})
     return _told(job_of(**{k: v for k, v in chosen.items() if v}), pace, words, notes)
 
 # %% ../nbs/12h_plan.ipynb #a88cacd3

@@ -108,7 +108,7 @@ def check_same(
     folder,      # for the message
 )->None:
     "Refuse to go on with other settings, or with another text under the same name"
-    for name, what in dict(training_text='the training text', validation_text='the validation text', tokenizer_hash='the tokenizer').items():
+    for name, what in dict(training_text='the training text', validation_text='the validation text', tokenizer_hash='the tokenizer', teachers='the teacher').items():
         if old.get(name) != new.get(name):
             raise UserError(f"{what} is not the one that the run in {folder} began with (hash {str(old.get(name))[:12]} then, {str(new.get(name))[:12]} now); "
                             "put the old one back, or begin another run with another --save_dir")
@@ -328,7 +328,7 @@ class Job:
         loop = {k: v for k, v in asdict(self.loop).items() if k not in ('max_time', 'save_every', 'keep_epochs', 'device')}
         return {**self.shape.to_dict(), **asdict(self.optim), **loop, 'batch_size': self.batches.batch_size, 'blocks_per_step': self.batches.global_batch,
                 'eval_tokens': self.eval_tokens, 'deterministic': self.deterministic, 'compile': self.compiled, 'training_text': self.train.source_hash,
-                'validation_text': self.val.source_hash, 'tokenizer_hash': self.tokenizer.hash,
+                'validation_text': self.val.source_hash, 'split': split_of(self.val), 'tokenizer_hash': self.tokenizer.hash,
                 'domain': self.domain, 'memory': self.memory, **(self.teachers.settings if self.teachers else {})}
 
     def begin(self, overwrite:bool)->dict:
@@ -339,7 +339,8 @@ class Job:
         versions = dict(python=platform.python_version(), torch=str(torch.__version__), continual_llm=__version__)
         record = dict(settings=self.settings, accepts=[run_id(self.settings)], threads=torch.get_num_threads(), device=self.loop.device, versions=versions, status='running')
         write_bytes(self.folder/'config.yaml', _yaml(self.shape.to_dict()))
-        record.update(split=split_of(self.val), **self.beginning())
+        if self.teachers: record['taught'] = self.teachers.read
+        record.update(self.beginning())
         return self.note(record)
 
     def beginning(self)->dict:
@@ -371,8 +372,8 @@ class Job:
 
     def go_on(self)->dict:
         "What stands in `run.json`, if it is of the same run"
-        record = read_record(self.folder)
-        check_same(record['settings'], self.settings, self.folder)
+        record, mine = read_record(self.folder), self.settings
+        check_same({'split': mine['split'], **record['settings']}, mine, self.folder)  # of runs from before it was kept, nobody knows it
         return record
 
     def note(self, record:dict)->dict:
@@ -711,6 +712,7 @@ def check_options(
     for name in ('batch_size', 'grad_accumulation', 'vocab_size', 'eval_tokens', 'seed'): setattr(o, name, in_range(name, asked[name], int(name not in ('eval_tokens', 'seed')), whole=True))
     for name in SWITCHES: setattr(o, name, yes_or_no(name, asked[name]))
     if o.split_seed is not None: o.split_seed = in_range('split_seed', o.split_seed, 0, whole=True)
+    if o.split_seed is not None and o.val_data is not None: raise UserError(f"val_data={o.val_data} names the validation text, so split_seed={o.split_seed} splits nothing; leave one of them out")
     o.loop = LoopConfig(1, o.epochs, o.learning_rate, o.warmup_steps, early_stopping_patience=o.early_stopping_patience, max_grad_norm=o.max_grad_norm, spike=o.spike,
                         schedule=o.schedule, eval_every=o.eval_every, max_steps=o.max_steps, max_time=o.max_time, save_every=o.save_every, keep_epochs=o.keep_epochs,
                         precision=pick_precision(o.precision, o.where), device=str(o.where), seed=o.seed)
@@ -719,7 +721,8 @@ def check_options(
     if o.panel and o.quiet: raise UserError("quiet shows nothing and panel shows buttons; leave one of them out")
     if not isinstance(o.prompt, str): raise UserError(f"prompt={shown(o.prompt)} is not text")
     check_saving(o.where, o.shape, o.recompute, o.compile, o.max_memory)
-    o.teacher, o.distill = check_teachers(o.teacher, o.distill)
+    o.teachers = o.teacher if isinstance(o.teacher, Teachers) else None  # that were loaded before
+    o.teacher, o.distill = (o.teachers.paths, o.teachers.share) if o.teachers else check_teachers(o.teacher, o.distill)
     check_graphs(o.cuda_graphs, o.compile, o.where, o.teacher)
     o.sharded = check_parallel(o.parallel, o.where, compile=o.compile, deterministic=o.deterministic, max_memory=o.max_memory, teacher=', '.join(map(str, o.teacher)))
     if o.compile: check_compiler(o.where)
@@ -734,24 +737,31 @@ def _announce(o, source, val_source, own, on, teachers):
         'Tokenizer': o.tokenizer or own or (teachers and "the teacher's") or f'{o.vocab_size:,} pieces, trained on the data', **({'Teacher': teachers} if teachers else {}), 'Batch size': o.batch_size, 'Gradient accumulation': o.grad_accumulation,
         'Learning rate': o.learning_rate, 'Epochs': o.epochs, 'Warmup steps': o.warmup_steps, 'Early stopping patience': o.early_stopping_patience or 'off'})
 
+def _split_seed(o, source, teachers, folder):
+    "What was asked for, or what the run in `folder` began with, or what a teacher was split by, or the seed of all"
+    if o.split_seed is not None: return o.split_seed
+    if folder is not None: return read_record(folder)['settings'].get('split', {}).get('seed', o.seed)
+    return split_seed(teachers, source.hash(), o.seed) if teachers else o.seed
+
 def _read_and_join(o, folder, going_on, processes):
     "The job that options which were checked make of their texts; nothing is written but token files in the cache"
     source, val_source = Source.of(o.data, o.field), Source.of(o.val_data, o.field) if o.val_data is not None else None
     loop = as_before(o.loop, o.precision, folder) if going_on else o.loop
     own = folder/'tokenizer' if going_on else None
     tok = o.tokenizer if isinstance(o.tokenizer, Tokenizer) else Tokenizer.load(own if o.tokenizer is None else o.tokenizer) if own or o.tokenizer is not None else None
-    teachers = load_teachers(o.teacher, o.distill, tok) if o.teacher else None
+    teachers = o.teachers or (load_teachers(o.teacher, o.distill, tok) if o.teacher else None)
     if teachers: check_window(teachers, o.shape.max_seq_len)
     quiet = o.quiet or not processes.first
     say = (lambda *a: None) if quiet else lambda text='': print(text, flush=True)
     if not quiet: _announce(SimpleNamespace(**{**vars(o), 'loop': loop}), source, val_source, own, computing_on(o.where, processes, folder if going_on else None), teachers)
     tok = tok or (teachers and teachers.tokenizer) or Tokenizer(*lead(processes, lambda: (t := train_tokenizer(o.data, vocab_size=o.vocab_size, field=o.field)) and (t.model, t.options)))
     room_after(o.prompt, tok, o.shape)
-    seed = split_seed(teachers, source.hash(), o.seed) if o.split_seed is None else o.split_seed
-    with in_turn(processes): train, val = read_texts(source, val_source, o.share, tok, seed, o.cache, say)
-    if teachers: check_unread(teachers, val, say)
+    with in_turn(processes):
+        seed = _split_seed(o, source, teachers, folder if going_on else None)
+        if teachers: check_unread(teachers, source.hash(), (val_source or source).hash(), {} if val_source else dict(val_split=o.share, seed=seed), say)
+        train, val = read_texts(source, val_source, o.share, tok, seed, o.cache, say)
     shape, blocks = with_vocabulary(o.config, o.shape, tok), (o.batch_size, o.grad_accumulation)
-    if o.max_memory: blocks = lead(processes, lambda: within(o.max_memory, shape, *blocks, loop.precision, o.optimizer, o.recompute, folder if going_on else None, say, teachers.copies(loop.precision) if teachers else 0.))
+    if o.max_memory: blocks = lead(processes, lambda: within(o.max_memory, shape, *blocks, loop.precision, o.optimizer, o.recompute, folder if going_on else None, say, teachers.bytes(o.batch_size*shape.max_seq_len, loop.precision) if teachers else 0.))
     batches = Batches(train.ids, shape.max_seq_len, *blocks, o.seed, tok.bos_id, processes.rank, processes.world, halves=o.deterministic)
     loop = replace(loop, steps_per_epoch=batches.steps_per_epoch)
     warmup, note = fit_warmup(o.warmup_steps, loop.total)
@@ -834,7 +844,7 @@ def command_line(
     "What to type for them"
     known = inspect.signature(pretrain).parameters
     def said(k, v):
-        if v is False: return f"--no-{k}" if known[k].default is None else ''  # off is the default of the others
+        if v is False: return f"--no-{k}" if k in known and known[k].default is None else ''  # off is the default of the others
         if isinstance(v, (list, tuple)): return ' '.join(said(k, one) for one in v)
         return f"--{k}" + ('' if v is True else f" {shlex.quote(str(v))}")
     return ' '.join(['continual-llm pretrain', *filter(None, (said(k, v) for k, v in given.items() if v is not None))])

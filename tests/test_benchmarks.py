@@ -261,6 +261,22 @@ def test_what_is_asked_for_is_the_same_compiled(q, monkeypatch, what, size):
     assert model.eval()(x, targets=y, reduction='sum').item() == pytest.approx(plain, rel=1e-5)
 
 
+def test_what_a_teacher_costs(q, monkeypatch):
+    "Each teacher reads once in a step; a clock that counts its readings"
+    import torch
+    from dataclasses import replace
+    import teacher_cost
+    monkeypatch.setattr(torch, 'compile', lambda f, **kw: f)
+    readings, hidden = [], q.ContinualLLM.hidden
+    monkeypatch.setattr(q.ContinualLLM, 'hidden', lambda self, *a, **kw: readings.append(1) or hidden(self, *a, **kw))
+    def taken(step, device):
+        readings.clear()
+        assert step().item() > 0
+        return 2 + len(readings)
+    monkeypatch.setattr(teacher_cost, 'taken', taken)
+    assert teacher_cost.cost(replace(q.ROWS['few'], **q.MINI), 1, torch.device('cpu')) == ({1: 1.5, 4: 3.}, 2)
+
+
 def test_values_of_the_first_layer(q):
     "Half of each layer's values are the first layer's when training begins; the model trains, and reads token by token what it reads at once"
     import torch

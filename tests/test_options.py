@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
 from continual_llm import generate as writing, narrow, train as training
 from continual_llm.cli import generate_command, main, parse
+from continual_llm.continual import continual_learn
 from continual_llm.core import UserError, multiplies_bf16, read_json, seed_everything
 from continual_llm.evaluate import evaluate
 from continual_llm.footprint import SPARE, run_bytes
@@ -322,11 +323,12 @@ def test_teacher(train, home, tmp_path, capsys):
     capsys.readouterr()
     taught = train(teacher=[str(first.folder), str(second.folder)], tokenizer=None, seed=2, quiet=False)
     assert f'{first.folder}, {second.folder} (0.5 of the target, by their mean)' in capsys.readouterr().out and taught.tokenizer.hash == first.tokenizer.hash
-    for other, what in (({}, 'distill was 0.5 .* is None now'), (dict(teacher=[first.folder, second.folder], distill=.75), 'distill was 0.5 .* is 0.75 now'), (dict(teacher=[second.folder, first.folder]), 'teachers was')):
+    for other, what in (({}, 'the teacher is not the one .* None now'), (dict(teacher=[first.folder, second.folder], distill=.75), 'distill was 0.5 .* is 0.75 now'), (dict(teacher=[second.folder, first.folder]), 'the teacher is not the one')):
         with pytest.raises(UserError, match=what): train(seed=2, save_dir=str(taught.folder), resume=True, **other)
     moved = shutil.copytree(second.folder, tmp_path/'moved')
     left = train(teacher=[first.folder, moved], seed=2, save_dir=str(tmp_path/'left'), max_time=1e-9)
-    again = train(teacher=[first.folder, second.folder], seed=2, save_dir=str(left.folder), resume=True)
+    alone = shutil.copy(first.folder/'best'/'checkpoint.pt', tmp_path/'alone.pt')  # the same weights, of whose split nobody knows
+    again = train(teacher=[alone, second.folder], seed=2, save_dir=str(left.folder), resume=True)
     assert left.stopped and all(torch.equal(w, newest(taught)[k]) for k, w in newest(again).items())
     for bad, what in ((dict(distill=.3), 'there is none'), (dict(teacher=first.folder, max_seq_len=32), '--max_seq_len 16'), (dict(teacher=first.folder, save_dir=str(first.folder), overwrite=True), 'must outlast'),
                       (dict(teacher=first.folder, cuda_graphs=True, compile=True), 'without a teacher'), (dict(teacher=tmp_path/'none'), 'no checkpoint'), (dict(teacher=first.folder, parallel='fsdp'), 'torchrun')):
@@ -338,16 +340,26 @@ def test_split_seed(train, home, tmp_path, capsys):
     "Which text judges does not depend on `seed` then; a student is judged as its teacher was, and by no text that its teacher learned"
     def val(run): return domains(run.folder/'memory')[0].val.ids.tolist()
     first, other = train(), train(seed=1)
-    assert val(first) == val(train(seed=1, split_seed=0)) == val(train(seed=1, teacher=first.folder)) != val(other)
-    assert read_json(other.folder/'run.json', 'run')['split'] == dict(val_split=.1, seed=1)
-    assert read_json(train(val_data=str(home/'few.txt')).folder/'run.json', 'run')['split'] == {}
-    for how in (dict(teacher=first.folder, split_seed=1), dict(teacher=[first.folder, other.folder]), dict(teacher=first.folder, val_split=.2), dict(teacher=first.folder, val_data=str(home/'text.txt'))):
+    assert val(first) == val(train(seed=1, split_seed=0)) == val(student := train(seed=1, teacher=first.folder)) != val(other)
+    assert read_json(other.folder/'run.json', 'run')['settings']['split'] == dict(val_split=.1, seed=1)
+    assert read_json(train(val_data=str(home/'few.txt')).folder/'run.json', 'run')['settings']['split'] == {}
+    stage = continual_learn(model=str(first.folder), data=str(home/'few.txt'), domain='few', save_dir=str(tmp_path/'stage'), cache=str(home/'cache'), quiet=True, max_steps=2, device='cpu', max_forgetting=math.inf).folder
+    apart = train(data=str(home/'records.jsonl'), seed=3)
+    told = train(data=str(home/'few.txt'), teacher=apart.folder, seed=3)  # by one who had it from others
+    for how in (dict(teacher=first.folder, split_seed=1), dict(teacher=[first.folder, other.folder]), dict(teacher=first.folder, val_split=.2), dict(teacher=first.folder, val_data=str(home/'text.txt')),
+                dict(teacher=stage, split_seed=1), dict(teacher=stage, val_data=str(home/'few.txt')), dict(teacher=told.folder, val_data=str(home/'records.jsonl')), dict(teacher=student.folder, split_seed=3)):
         with pytest.raises(UserError, match='was trained on text that this run would be validated on .*--val_data'): train(seed=2, **how)
+    assert val(train(teacher=stage, seed=2)) == val(first)
+    left = train(split_seed=5, save_dir=str(tmp_path/'left'), max_time=1e-9)
+    with pytest.raises(UserError, match="split was .*'seed': 5.* is .*'seed': 6"): train(split_seed=6, save_dir=str(left.folder), resume=True)
+    whole = newest(train(split_seed=5))
+    assert all(torch.equal(w, whole[k]) for k, w in newest(train(save_dir=str(left.folder), resume=True)).items())
     shutil.copy(first.folder/'best'/'checkpoint.pt', tmp_path/'alone.pt')
     capsys.readouterr()
     train(teacher=tmp_path/'alone.pt', quiet=False)
-    assert f"Nothing is known of what teacher={tmp_path/'alone.pt'} read" in capsys.readouterr().out
-    with pytest.raises(UserError, match='split_seed=-1'): train(split_seed=-1)
+    assert f"Whether teacher={tmp_path/'alone.pt'} read the validation text is not known" in capsys.readouterr().out
+    for bad, what in ((dict(split_seed=-1), 'split_seed=-1'), (dict(split_seed=1, val_data=str(home/'few.txt')), 'splits nothing')):
+        with pytest.raises(UserError, match=what): train(**bad)
 
 
 def test_a_teacher_beside_a_compiled_model(train, monkeypatch):

@@ -10,6 +10,7 @@ from continual_llm.footprint import run_bytes
 from continual_llm.lr_find import lr_find
 from continual_llm.model import model_config
 from continual_llm.plan import plan
+from continual_llm.teachers import load_teachers
 from continual_llm.train import pretrain
 from tests.test_options import SHOWN, home, options, shows
 
@@ -142,7 +143,8 @@ def test_a_teacher_is_planned_for(same, tmp_path, monkeypatch):
     teachers = [str(tmp_path/'first')]*2
     found = plan(**{**same, 'tokenizer': None, 'precision': 'bf16'}, recipe='plain', teacher=teachers, seconds=.01, save_dir=str(tmp_path/'run'))
     without = plan(**{**same, 'precision': 'bf16'}, recipe='plain', seconds=.01, save_dir=str(tmp_path/'run'))
-    assert set(asked) == {2} and found.pace.memory - without.pace.memory == 2*2*found.n_params
+    beside = load_teachers((tmp_path/'first', tmp_path/'first'), .5).bytes(4*16, 'bf16')
+    assert set(asked) == {2} and found.pace.memory - without.pace.memory == beside > 0
     assert f'--teacher {teachers[0]} --teacher {teachers[1]}' in found.command and '--vocab_size' not in found.command and found.n_pieces == without.n_pieces
 
 
