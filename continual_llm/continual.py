@@ -192,7 +192,8 @@ class Stage(Job):
         accepts = [run_id(self.settings), *[self.parent.checkpoint['run']]*('run' in self.parent.checkpoint)]  # whose checkpoints may stand here
         past, own = blocks_so_far(self.parent.record), self.loop.total*self.batches.global_batch
         blocks = dict(frozen=past, joint=own).get(self.recipe.method, past + own)  # joint training has the steps of those before among its own
-        return dict(accepts=accepts, stage=dict(blocks=blocks, domain=self.domain, number=len(self.parent.domains), parent=parent, method=self.recipe.method, data=self.train.source,
+        taught = {k: v for k, v in self.parent.record.items() if k == 'taught'}  # what its teachers read, if it had any
+        return dict(taught, accepts=accepts, stage=dict(blocks=blocks, domain=self.domain, number=len(self.parent.domains), parent=parent, method=self.recipe.method, data=self.train.source,
                                data_hash=self.train.source_hash, before=_plain(before)))
 
     def prepare(self)->None:

@@ -346,8 +346,9 @@ def test_split_seed(train, home, tmp_path, capsys):
     stage = continual_learn(model=str(first.folder), data=str(home/'few.txt'), domain='few', save_dir=str(tmp_path/'stage'), cache=str(home/'cache'), quiet=True, max_steps=2, device='cpu', max_forgetting=math.inf).folder
     apart = train(data=str(home/'records.jsonl'), seed=3)
     told = train(data=str(home/'few.txt'), teacher=apart.folder, seed=3)  # by one who had it from others
+    heir = continual_learn(model=str(told.folder), data=str(home/'text.txt'), domain='text', save_dir=str(tmp_path/'heir'), cache=str(home/'cache'), quiet=True, max_steps=2, device='cpu', max_forgetting=math.inf).folder
     for how in (dict(teacher=first.folder, split_seed=1), dict(teacher=[first.folder, other.folder]), dict(teacher=first.folder, val_split=.2), dict(teacher=first.folder, val_data=str(home/'text.txt')),
-                dict(teacher=stage, split_seed=1), dict(teacher=stage, val_data=str(home/'few.txt')), dict(teacher=told.folder, val_data=str(home/'records.jsonl')), dict(teacher=student.folder, split_seed=3)):
+                dict(teacher=stage, split_seed=1), dict(teacher=stage, val_data=str(home/'few.txt')), *(dict(teacher=t, val_data=str(home/'records.jsonl')) for t in (told.folder, heir)), dict(teacher=student.folder, split_seed=3)):
         with pytest.raises(UserError, match='was trained on text that this run would be validated on .*--val_data'): train(seed=2, **how)
     assert val(train(teacher=stage, seed=2)) == val(first)
     left = train(split_seed=5, save_dir=str(tmp_path/'left'), max_time=1e-9)
