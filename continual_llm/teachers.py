@@ -6,7 +6,7 @@
 __all__ = ['HALF', 'check_teachers', 'weights_hash', 'run_of', 'texts_of', 'split_of', 'Teachers', 'load_teachers', 'split_seed',
            'check_unread', 'apart_from', 'check_window']
 
-# %% ../nbs/11f_teachers.ipynb #94795dd0
+# %% ../nbs/11f_teachers.ipynb #bd6cb63c
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from .generate import load_model
 from .memory import domains
 from .tokenizer import Tokenizer
 
-# %% ../nbs/11f_teachers.ipynb #933ba6aa
+# %% ../nbs/11f_teachers.ipynb #2f78cd9f
 HALF = .5 # of the target is the teachers', unless given
 
 def check_teachers(
@@ -32,7 +32,7 @@ def check_teachers(
     if distill is not None and not asked: raise UserError(f"distill={distill:g} is the share of a teacher, and there is none; give --teacher, or leave it out")
     return tuple(as_path('teacher', t) for t in asked), float(distill or HALF)*bool(asked)
 
-# %% ../nbs/11f_teachers.ipynb #87b352a4
+# %% ../nbs/11f_teachers.ipynb #fe279fe6
 def weights_hash(
     models, # `ContinualLLM`s in their order
 )->str:
