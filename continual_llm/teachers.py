@@ -118,7 +118,7 @@ def load_teachers(
     return Teachers(*map(tuple, (zip(*models))), tokenizer=own, paths=paths, share=share)
 
 def split_seed(
-    teachers:Teachers|None,
+    teachers:Teachers,
     source_hash:str, # of the text that is to be split
     seed:int,        # without a teacher that split it
 )->int:
