@@ -17,6 +17,7 @@ from continual_llm.generate import Sampling, generate, load_model
 from continual_llm.memory import domains
 from continual_llm.model import Block, ContinualLLM, ModelConfig, model_config
 from continual_llm.recipes import recipe_options
+from continual_llm.teachers import load_teachers
 from continual_llm.tokenizer import Tokenizer, train_tokenizer
 from continual_llm.train import check_saving, memory_bound, prepare_job, pretrain
 
@@ -363,16 +364,36 @@ def test_split_seed(train, home, tmp_path, capsys):
         with pytest.raises(UserError, match=what): train(**bad)
 
 
+def test_memory_of_a_teacher(train, monkeypatch):
+    "A bound on memory counts what it takes besides its weights"
+    first, seen = train(max_steps=1), []
+    monkeypatch.setattr(training, 'within', lambda *a: seen.append(a[-1]) or a[2:4])
+    train(max_memory=5., max_steps=1), train(max_memory=5., max_steps=1, teacher=first.folder)
+    assert seen == [0., load_teachers((first.folder,), .5).bytes(2*16, 'fp32')] and seen[1] > 0
+
+
+def test_a_run_from_before_splits_were_kept(train, monkeypatch):
+    "It is resumed, by the split of its seed"
+    settings = training.Job.settings.fget
+    with monkeypatch.context() as m:
+        m.setattr(training.Job, 'settings', property(lambda job: {k: v for k, v in settings(job).items() if k != 'split'}))
+        left, whole = train(seed=3, max_time=1e-9), newest(train(seed=3))
+    again = train(seed=3, save_dir=str(left.folder), resume=True)
+    assert left.stopped and not again.stopped and all(torch.equal(w, whole[k]) for k, w in newest(again).items())
+
+
 def test_a_teacher_beside_a_compiled_model(train, monkeypatch):
     "Blocks of the usual number go through the compiled model, and the numbers stay"
     first = train(max_steps=5)
-    plain, seen = newest(train(teacher=first.folder, epochs=1, max_steps=0, batch_size=7)), []
+    run, seen = train(teacher=first.folder, epochs=1, max_steps=0, batch_size=8), []
+    plain = newest(run)
+    assert {t//16 for t in steps(run, 'tokens')} == {8, 6}  # the last is a small one
     def compiled(f, **how):
         def run(x, *more): return seen.append((f.__name__, len(x))) or f(x, *more)
         return run if callable(f) and not isinstance(f, torch.nn.Module) else f
     monkeypatch.setattr(torch, 'compile', compiled)
-    again = newest(train(teacher=first.folder, epochs=1, max_steps=0, batch_size=7, compile=True))
-    assert {s for s in seen if s[0] == 'hidden'} == {('hidden', 7)} and all(torch.equal(w, plain[k]) for k, w in again.items())  # the compiler itself is tried on a lambda first
+    again = newest(train(teacher=first.folder, epochs=1, max_steps=0, batch_size=8, compile=True))
+    assert {s for s in seen if s[0] == 'hidden'} == {('hidden', 8)} and all(torch.equal(w, plain[k]) for k, w in again.items())  # the compiler itself is tried on a lambda first
 
 
 @shows(pretrain, 'epochs', 'max_steps')

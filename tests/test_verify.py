@@ -74,11 +74,13 @@ def test_a_right_resume_is_identical_and_nothing_is_left(text, capsys):
     assert not left(text) and [p.name for p in own.parent.iterdir()] == ['mine'] and (own/'run.json').read_text() == 'mine'
 
 
-def test_a_run_with_a_teacher_is_killed_too(text):
+def test_a_run_with_a_teacher_is_killed_too(text, monkeypatch):
     "Whose tokenizer is the run's"
     first = pretrain(data=text, **TINY, save_dir=text.parent/'first', quiet=True)
+    settings, seen = verify._settings, []
+    monkeypatch.setattr(verify, '_settings', lambda *a: seen.append(settings(*a)) or seen[0])
     report = verify_resume(str(text), kills=1, quiet=True, teacher=[first.folder], seed=1, **TINY)
-    assert report.identical and len(report.lives) == 2
+    assert report.identical and len(report.lives) == 2 and (seen[0]['teacher'], seen[0]['tokenizer']) == ([str(first.folder)], None)
 
 
 def test_mistakes_are_one_line_and_leave_nothing(text, monkeypatch, capsys):
