@@ -1460,6 +1460,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'continual_llm.train.memory_bound': ('train.html#memory_bound', 'continual_llm/train.py'),
                                      'continual_llm.train.prepare_job': ('train.html#prepare_job', 'continual_llm/train.py'),
                                      'continual_llm.train.pretrain': ('train.html#pretrain', 'continual_llm/train.py'),
+                                     'continual_llm.train.quick_options': ('train.html#quick_options', 'continual_llm/train.py'),
                                      'continual_llm.train.quickstart': ('train.html#quickstart', 'continual_llm/train.py'),
                                      'continual_llm.train.read_record': ('train.html#read_record', 'continual_llm/train.py'),
                                      'continual_llm.train.read_texts': ('train.html#read_texts', 'continual_llm/train.py'),

@@ -292,6 +292,7 @@ def plan(
     say = (lambda *a: None) if yes_or_no('quiet', quiet) else lambda text: print(text, flush=True)
     asked = {k: v for k, v in kwargs.items() if v is not None}
     tok, asked_size = _pieces(data, asked, say)
+    if asked_size: asked.pop('vocab_size', None)  # the tokenizer is there now
     def job_of(**chosen): return prepare_job(**{'config': 'tiny', **asked, **chosen, 'data': data, 'tokenizer': tok, 'quiet': True})
     first = job_of()
     told, asked = asked, {**asked, **(dict(teacher=first.teachers, distill=None) if first.teachers else {})}  # loaded once
@@ -305,7 +306,7 @@ def plan(
     epochs, max_steps, notes = _length(asked, job, pace, 3600*hours)
     chosen = dict(config=config, vocab_size=asked_size, epochs=epochs, max_steps=max_steps)
     words = dict(data=data, **{k: told.get(k, v) for k, v in asked.items() if k not in chosen and told.get(k, v) is not None}, **{k: v for k, v in chosen.items() if v})
-    return _told(job_of(**{k: v for k, v in chosen.items() if v}), pace, words, notes)
+    return _told(job_of(**{k: v for k, v in chosen.items() if v and k != 'vocab_size'}), pace, words, notes)
 
 # %% ../nbs/12h_plan.ipynb #a88cacd3
 def _pieces(data, asked, say):

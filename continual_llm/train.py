@@ -7,7 +7,7 @@ __all__ = ['PARTS_OF_A_RUN', 'SAMPLE', 'SWITCHES', 'QUICK', 'holds_run', 'check_
            'check_same', 'machine', 'Run', 'validation_share', 'read_texts', 'Compiled', 'make_parts', 'room_after',
            'keep_tokenizer', 'Job', 'machine_for', 'carry_out', 'with_vocabulary', 'memory_bound', 'check_saving',
            'check_graphs', 'within', 'check_parallel', 'computing_on', 'as_before', 'compiling', 'check_options',
-           'pretrain', 'command_line', 'quickstart', 'prepare_job']
+           'pretrain', 'command_line', 'quick_options', 'quickstart', 'prepare_job']
 
 # %% ../nbs/12_train.ipynb #9f465ed2
 import contextlib, inspect, os, platform, shlex, shutil
@@ -709,6 +709,9 @@ def check_options(
 )->SimpleNamespace:
     "The same, checked, with what follows from them: `where`, `loop`, `optim`, `shape`, `share` and `sharded`; nothing is read yet"
     o = SimpleNamespace(**asked, where=pick_device(asked['device']))
+    if o.vocab_size is None: asked['vocab_size'] = 8000
+    elif brings := next((k for k in ('tokenizer', 'teacher') if asked[k] is not None), None):
+        raise UserError(f"vocab_size={shown(o.vocab_size)} is that of a tokenizer trained on the data, but {brings} brings one of its own; leave vocab_size out")
     for name in ('batch_size', 'grad_accumulation', 'vocab_size', 'eval_tokens', 'seed'): setattr(o, name, in_range(name, asked[name], int(name not in ('eval_tokens', 'seed')), whole=True))
     for name in SWITCHES: setattr(o, name, yes_or_no(name, asked[name]))
     if o.split_seed is not None: o.split_seed = in_range('split_seed', o.split_seed, 0, whole=True)
@@ -777,7 +780,7 @@ def pretrain(
     val_data:str|None=None,           # text to validate on; left out, a share of `data`
     val_split:float|None=None,        # share of `data` to validate on (default: 0.1, or 0 with `val_data`)
     tokenizer:str|None=None,          # folder of a tokenizer; left out, the teacher's is taken, or one is trained on `data` and kept in the run folder
-    vocab_size:int=8000,              # pieces of a tokenizer trained here
+    vocab_size:int|None=None,         # pieces of a tokenizer trained here (default: 8000)
     field:str='text',                 # name of the text in the records of a `.jsonl` file
     epochs:int=3,                     # passes over the training text
     batch_size:int=4,                 # blocks of text through the model at once
@@ -853,11 +856,18 @@ def command_line(
 QUICK = dict(data='builtin:english', config='tiny', vocab_size=4000, max_seq_len=128, epochs=2, batch_size=8, grad_accumulation=1, learning_rate=1.2e-2,
              warmup_steps=30, max_steps=600, eval_every=100, optimizer='muon', dropout=0., save_dir='checkpoints/quickstart')
 
+def quick_options(
+    **given, # parameters of `pretrain` that should be otherwise
+)->dict:
+    "All that the quick start gives; a tokenizer from elsewhere has a size of its own"
+    brought = given.get('tokenizer') is not None or given.get('teacher') is not None
+    return {**{k: v for k, v in QUICK.items() if not (brought and k == 'vocab_size')}, **given}
+
 def quickstart(
     **given, # parameters of `pretrain` that should be otherwise
 )->Run:
     "A first model in about two minutes, on English that every Python carries"
-    asked = {**QUICK, **given}
+    asked = quick_options(**given)
     if not asked.get('quiet'): print(f'Quick start, the same as:\n  {command_line(asked)}\n')
     return pretrain(**asked)
 

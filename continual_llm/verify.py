@@ -14,7 +14,7 @@ from .compare import Comparison, compare_twins
 from .core import UserError, human_time, in_range, nearest
 from .nest import Moment, Nest, Trap, live
 from .tokenizer import Tokenizer, train_tokenizer
-from .train import QUICK, pretrain
+from .train import pretrain, quick_options
 
 # %% ../nbs/15_verify.ipynb #5dbf8f24
 def moments(
@@ -96,7 +96,8 @@ def _settings(given, folder):
     full = inspect.signature(pretrain).bind(**given)
     full.apply_defaults()
     data, tok, size, field, teacher = (full.arguments[k] for k in ('data', 'tokenizer', 'vocab_size', 'field', 'teacher'))
-    if tok is None and teacher is None: tok = train_tokenizer(data, vocab_size=size, field=field)  # a teacher has its own
+    if tok is None and teacher is None: # a teacher has its own
+        tok, given = train_tokenizer(data, **({} if size is None else dict(vocab_size=size)), field=field), {k: v for k, v in given.items() if k != 'vocab_size'}
     if isinstance(tok, Tokenizer):
         tok.save(folder/'tokenizer')
         tok = folder/'tokenizer'
@@ -142,7 +143,7 @@ def verify_resume(
     "Prove that a run with these settings can be killed and resumed without the loss of a bit"
     given = dict(kwargs, max_steps=max_steps, eval_every=eval_every, save_every=save_every)
     _check(given, kills, kill_seed)
-    given = dict(given, data=data) if data is not None else {**{k: v for k, v in QUICK.items() if k != 'save_dir'}, **given}
+    given = dict(given, data=data) if data is not None else {k: v for k, v in quick_options(**given).items() if k != 'save_dir'}
     say, start = (lambda *a: None) if quiet else lambda text: print(text, flush=True), time.monotonic()
     with Nest(_place(save_dir)) as nest:
         settings = _settings(given, nest.folder)

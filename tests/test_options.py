@@ -19,7 +19,7 @@ from continual_llm.model import Block, ContinualLLM, ModelConfig, model_config
 from continual_llm.recipes import recipe_options
 from continual_llm.teachers import load_teachers
 from continual_llm.tokenizer import Tokenizer, train_tokenizer
-from continual_llm.train import check_saving, memory_bound, prepare_job, pretrain
+from continual_llm.train import check_saving, memory_bound, prepare_job, pretrain, quickstart
 
 WORDS = 'cat horse hen fox owl elephant mat log hillside road'.split()
 LINES = [f'the {a} sat on the {b} and saw the {c} .\n\n' for a in WORDS for b in WORDS for c in WORDS[:3]]
@@ -244,6 +244,16 @@ def test_tokenizer(train, home):
     given, own = train(), train(tokenizer=None, vocab_size=285)
     assert given.tokenizer.hash == Tokenizer.load(home/'tok').hash and given.model.config.vocab_size == 300
     assert len(own.tokenizer) == own.model.config.vocab_size == 285 and Tokenizer.load(own.folder/'tokenizer').hash == own.tokenizer.hash
+    for more in ({}, dict(tokenizer=None, teacher=[given.folder])):
+        with pytest.raises(UserError, match=f"vocab_size=285 .* {'teacher' if more else 'tokenizer'} "): train(vocab_size=285, **more)
+
+
+@pytest.mark.parametrize('brought', ['tokenizer', 'teacher'])
+def test_the_quick_start_with_the_pieces_of_another(train, home, tmp_path, brought):
+    "Then the size in its own settings says nothing"
+    first = train()
+    run = quickstart(**{brought: str(home/'tok') if brought == 'tokenizer' else [str(first.folder)]}, data=str(home/'text.txt'), max_seq_len=16, max_steps=2, quiet=True, save_dir=str(tmp_path/'quick'))
+    assert run.tokenizer.hash == first.tokenizer.hash and run.model.config.d_model == model_config('tiny').d_model
 
 
 @shows(pretrain, 'field')
