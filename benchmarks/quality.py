@@ -17,7 +17,7 @@ from speed import read
 from continual_llm.attention import Attention
 from continual_llm.batches import Batches, resident
 from continual_llm.bench import machine_line
-from continual_llm.core import numpy_generator, pick_device, pick_precision, seed_everything
+from continual_llm.core import human_time, numpy_generator, pick_device, pick_precision, seed_everything
 from continual_llm.data import prepare
 from continual_llm.distill import distilled
 from continual_llm.dynamic import dynamic_nats
@@ -94,7 +94,7 @@ CHANGES = { # each by itself, to a family of rows
     **{f'wd-{d:g}': dict(decay=d) for d in (.1, .5, 1., 1.5, 2., 3., 6.)}, **{f'decay-{c}': dict(decay_course=c) for c in ('rising', 'falling')}, **{f'dropout-{p:g}': dict(dropout=p) for p in (0., .1, .2, .3)}, 'attention-.1': dict(attn_dropout=.1),
     'word-0': dict(word_drop=0.), 'word-.1': dict(word_drop=.1), 'layer-.1': dict(layer_drop=.1), 'replace-.1': dict(replace=.1), 'mask-.1': dict(mask=.1), 'smoothing-.1': dict(smoothing=.1), 'reshuffle': dict(reshuffle=True), 'bpe-.1': dict(bpe_dropout=.1),
     'ema': dict(ema=.99), 'ema-.999': dict(ema=.999), 'ema-floor-.3': dict(ema=.99, floor=.3), 'late-.1': dict(late=.1), 'late-.3-floor-.3': dict(late=.3, floor=.3), 'floor-.1': dict(floor=.1), 'no-qk-norm': dict(qk_norm=False), 'values': dict(values=True), 'untied': dict(tie_embeddings=False), **{f'vocab-{n}k': dict(vocab=1000*n) for n in (2, 4, 8)},
-    **{f'rate-{r:g}': dict(rate=r) for r in (2.5e-3, 1e-2)}, **{f'adamw-{r:g}': dict(optimizer='adamw', rate=r, decay=.1) for r in (1e-3, 2e-3, 4e-3)}, 'adamw-wd-1.5': dict(optimizer='adamw', rate=2e-3, decay=1.5)}
+    **{f'rate-{r:g}': dict(rate=r) for r in (2.5e-3, 1e-2)}, **{f'adamw-{r:g}': dict(optimizer='adamw', rate=r, decay=.1) for r in (1e-3, 2e-3, 4e-3)}, **{f'adamw-{r:g}-wd-{d:g}': dict(optimizer='adamw', rate=r, decay=d) for r in (1e-3, 2e-3, 4e-3) for d in (1.5, 4.)}}
 
 
 def family(name, row, **more):
@@ -295,8 +295,10 @@ def learned(a, row, tok, train, val, device, precision):
     watched, most = (train, a.eval_tokens or len(val)) if row.final else (val, a.eval_tokens)  # `valid.txt` is not looked at before the end
     def evaluate(poll):
         opt.swap()
-        try: return score_tokens(model, watched, tok, most, batch_size=row.batch, precision=precision)
+        try: score = score_tokens(model, watched, tok, most, batch_size=row.batch, precision=precision)
         finally: opt.swap()
+        say(a, f"pass {len(history.rows('eval')) + 1} of {loop.epochs}, {score.bits_per_byte:.3f} bits per byte of {'what it reads' if row.final else 'its split'}")
+        return score
     parts, history = Parts(batches, loss_of(model, batches, teachers, a.compile), evaluate, lambda *_: {}), History()
     loop = LoopConfig(batches.steps_per_epoch, row.epochs, row.rate, 0, row.floor, early_stopping_patience=0, precision=precision, device=str(device), seed=row.seed)
     with machine(False, None, precision == 'bf16' and device.type == 'cuda'):
@@ -307,6 +309,9 @@ def learned(a, row, tok, train, val, device, precision):
         if at.stopped: raise SystemExit(f'stopped by {at.stopped}, so there is no row')
     opt.swap()
     return model.eval(), history, round(loop.total/loop.steps_per_epoch, 2)
+
+
+def say(a, text): print(f'{a.one} at {time.strftime("%H:%M:%S")}: {text}', file=sys.stderr, flush=True)
 
 
 def result(score): return dict(bits_per_byte=score.bits_per_byte, word_perplexity=score.word_perplexity, token_perplexity=score.perplexity)
@@ -323,12 +328,15 @@ def one(a, name):
     model, history, epochs = learned(a, row, tok, train, val, device, precision)
     seconds = time.perf_counter() - begun
     torch.save(dict(config=row.shape.to_dict(), weights=model.state_dict()), a.work/f'{name}.pt')
+    say(a, f'trained for {human_time(seconds)}; now it is judged')
     nats = token_nats(model, val.ids, stride=max(1, row.seq_len//a.parts), batch_size=row.batch, bos_id=tok.bos_id, precision=precision)
     np.save(a.work/f'{name}.npy', nats.float().numpy())
     evals, steps, blocks = history.rows('eval'), history.rows('step'), score_tokens(model, val, tok, batch_size=row.batch, precision=precision)
     facts = dict(parameters=model.n_params(), epochs=epochs, blocks={k: getattr(blocks, k) for k in ('bits_per_byte', 'word_perplexity', 'perplexity')}, window=scored(nats), best_epoch=min(evals, key=lambda r: r['loss'])['epoch'], train_loss=evals[-1]['train_loss'],
                  fitting=steps[-1]['seconds'], curve=[round(r['bits_per_byte'], 4) for r in evals], train_curve=[round(r['train_loss'], 3) for r in evals], seconds=round(seconds, 1), tokens_per_second=round(statistics.median(s['tokens_per_second'] for s in steps[len(steps)//2:])))
-    if a.dynamic: facts['dynamic'] = {str(rate): scored(dynamic_nats(model, val.ids, rate=rate, bos_id=tok.bos_id, precision=precision)) for rate in a.dynamic}
+    for rate in a.dynamic:
+        say(a, f'dynamic evaluation at {rate:g}')
+        facts.setdefault('dynamic', {})[str(rate)] = scored(dynamic_nats(model, val.ids, rate=rate, bos_id=tok.bos_id, precision=precision))
     if a.samples: facts['samples'] = generate(model, tok, ['']*a.samples, max_tokens=60, temperature=.8, top_p=.95, seed=1)
     keep(**facts)
 
@@ -393,8 +401,8 @@ def study(a):
         if not (a.work/f'tok{vocab}').exists(): train_tokenizer(str(a.data/'train.txt'), vocab_size=vocab, save=a.work/f'tok{vocab}')
     env = dict(os.environ, **{} if a.device.startswith('cuda') else dict(OMP_NUM_THREADS=str(max(1, os.cpu_count()//a.jobs))))
     def run(name):
-        done = subprocess.run([sys.executable, __file__, *a.argv, '--one', name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-        print(done.stdout.strip() or f'{name} failed: {done.stderr[-2000:]}', flush=True)
+        done = subprocess.run([sys.executable, __file__, *a.argv, '--one', name], stdout=subprocess.PIPE, text=True, env=env)
+        print(done.stdout.strip() or f'{name} failed, as it says above', flush=True)
         return done.returncode
     waits = [n for n in names if chosen(a, n).teachers or chosen(a, n).ensemble]  # for the others
     with ThreadPoolExecutor(a.jobs) as pool: return any([code for wave in ([n for n in names if n not in waits], waits) for code in list(pool.map(run, wave))])

@@ -1,5 +1,5 @@
 "Every benchmark can still be begun: what it imports is there, and its help says what it is for; those beside others are run in miniature"
-import json, os, runpy, subprocess, sys
+import json, os, re, runpy, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
@@ -20,13 +20,13 @@ def test_it_begins(name, monkeypatch, capsys):
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
+def run(monkeypatch, tmp_path, capfd):
     "Runs a benchmark here, and gives what it printed and the rows that it kept"
     def at_once(name, *flags):
         monkeypatch.syspath_prepend(str(FOLDER))
         monkeypatch.setattr(sys, 'argv', [name, '--results', str(tmp_path/'rows.jsonl'), *flags])
         runpy.run_path(str(FOLDER/name), run_name='__main__')
-        return capsys.readouterr().out, [json.loads(line) for line in (tmp_path/'rows.jsonl').read_text().splitlines()]
+        return capfd.readouterr().out, [json.loads(line) for line in (tmp_path/'rows.jsonl').read_text().splitlines()]
     return at_once
 
 
@@ -123,8 +123,8 @@ def test_all_of_the_gpu_benchmark_runs(tmp_path):
     assert (tmp_path/'gpu.md').read_text().count('\n## ') == len({r['part'] for r in rows})
 
 
-def test_a_small_text_learned_in_several_ways(run, tmp_path, monkeypatch):
-    "One row in a process of its own; a row that stands there is not run again, and one that answers for others is their mean"
+def test_a_small_text_learned_in_several_ways(run, tmp_path, monkeypatch, capfd):
+    "One row in a process of its own, which says how far it is; a row that stands there is not run again, and one that answers for others is their mean"
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     text = Path(__file__).with_name('test_options.py').read_text()
     (tmp_path/'train.txt').write_text(text[:20_000]), (tmp_path/'valid.txt').write_text(text[20_000:24_000])
@@ -133,6 +133,7 @@ def test_a_small_text_learned_in_several_ways(run, tmp_path, monkeypatch):
         assert not e.value.code
         return [json.loads(line) for line in (tmp_path/'rows.jsonl').read_text().splitlines()]
     (first,) = rows('final')
+    assert re.findall(r'final at [\d:]+: (\w+)', capfd.readouterr().err) == ['pass', 'trained']
     assert first['curve'][-1] != round(first['blocks']['bits_per_byte'], 4)  # `valid.txt` is read at the end alone
     assert first['epochs'] == 1 == len(first['curve']) and 1 < first['blocks']['bits_per_byte'] < 8 and first['window'] != first['blocks']
     import numpy as np
