@@ -17,7 +17,7 @@ from speed import read
 from continual_llm.attention import Attention
 from continual_llm.batches import Batches, resident
 from continual_llm.bench import machine_line
-from continual_llm.core import human_time, numpy_generator, pick_device, pick_precision, seed_everything
+from continual_llm.core import human_time, nearest, numpy_generator, pick_device, pick_precision, seed_everything
 from continual_llm.data import prepare
 from continual_llm.distill import distilled
 from continual_llm.dynamic import dynamic_nats
@@ -102,13 +102,14 @@ def family(name, row, **more):
     T, B, mean = row.seq_len, row.batch, tuple(f'{name}{seed}' for seed in ('', '@1', '@2', '@3'))
     sizes = {f'T-{T//2}': dict(seq_len=T//2, batch=2*B), f'T-{2*T}': dict(seq_len=2*T, batch=B//2), f'batch-{B//2}': dict(batch=B//2), f'batch-{2*B}': dict(batch=2*B)}
     others = {'again': dict(teachers=(name,), seed=1), **{f'again-{p:g}': dict(teachers=(name,), seed=1, taught=p) for p in (.25, .75, 1)}, 'taught': dict(teachers=mean, seed=4), 'ensemble': dict(ensemble=mean)}
-    return {name: row, **{f'{name}-{what}': replace(row, **change) for what, change in {**CHANGES, **sizes, **others, **more}.items()}}
+    changed = {f'{name}-{what}': replace(row, **change) for what, change in {**CHANGES, **sizes, **others, **more}.items()}
+    return {name: row, **{n: r for n, r in changed.items() if r != row}}
 
 
 ROWS = {'base': Row(attn_dropout=.1), 'wd-1.5': Row(attn_dropout=.1, decay=1.5), 'wd-3': Row(attn_dropout=.1, decay=3.), 'dropout-.35': Row(attn_dropout=.1, dropout=.35),
         'plain': replace(SMALL, n_kv_heads=8, qk_norm=False, dropout=0., word_drop=0., optimizer='adamw', rate=2e-3, decay=.1, batch=8),
         **family('few', FEW, wide=dict(d_model=192, n_heads=6, n_kv_heads=6, d_ff=576), **{'wide-6': dict(d_model=192, n_heads=6, n_kv_heads=6, d_ff=576, epochs=6), 'narrow-18': dict(d_model=96, n_heads=3, n_kv_heads=3, d_ff=288, epochs=18)}, **{f'passes-30-wd-{d:g}': dict(epochs=30, decay=d) for d in (1.5, 3)}), **family('quarter', QUARTER, narrow=dict(d_model=128, n_heads=4, n_kv_heads=4, d_ff=384), wide=dict(d_model=256, n_heads=8, n_kv_heads=8, d_ff=768)), **family('part', PART, **{'wd-1-again': dict(decay=1., teachers=('part-wd-1',), seed=1)}), **family('small', SMALL), **family('large', Row(decay=1.5, word_drop=0., epochs=16), wide=dict(d_model=768, n_heads=12, n_kv_heads=12, d_ff=2304)),
-        'hours': HOURS, 'half-hour': HALF_HOUR, **{f'half-hour-{what}': replace(HALF_HOUR, **how) for what, how in dict(again=dict(teachers=('half-hour',), seed=3), taught=dict(teachers=HALF_HOURS, seed=4), ensemble=dict(ensemble=HALF_HOURS)).items()}, **family('final', Row(decay=2.5, dropout=.25, final=True))}
+        'hours': HOURS, 'hours-ensemble': replace(HOURS, ensemble=('hours', 'hours@1')), 'half-hour': HALF_HOUR, **{f'half-hour-{what}': replace(HALF_HOUR, **how) for what, how in dict(again=dict(teachers=('half-hour',), seed=3), taught=dict(teachers=HALF_HOURS, seed=4), ensemble=dict(ensemble=HALF_HOURS)).items()}, **family('final', Row(decay=2.5, dropout=.25, final=True))}
 
 
 # ---- the model and its optimizer ----
@@ -226,11 +227,12 @@ def telling(row, ids, starts, tok):
     parts = articles(ids, starts, tok)
     if row.bpe_dropout: lines, cutter = [tok.decode(part.tolist()).splitlines(keepends=True) for part in parts], sentencepiece.SentencePieceProcessor(model_proto=tok.model)
     def tell(epoch):
-        rng = numpy_generator(row.seed, 'telling', epoch)
-        if not row.bpe_dropout: return np.concatenate([parts[i] for i in rng.permutation(len(parts))])
+        rng, n = numpy_generator(row.seed, 'telling', epoch), len(parts)
+        order = rng.permutation(n) if row.reshuffle else np.roll(np.arange(n), rng.integers(n))  # begins elsewhere each time, for there will be more pieces than room
+        if not row.bpe_dropout: return np.concatenate([parts[i] for i in order])
         sentencepiece.set_random_generator_seed(int(rng.integers(2**31)))
-        cut = cutter.encode([line for part in lines for line in part], enable_sampling=True, alpha=row.bpe_dropout, nbest_size=-1, num_threads=1)
-        return np.resize(np.concatenate(cut).astype(ids.dtype), len(ids))  # more pieces than before: the last ones have no room
+        cut = cutter.encode([line for i in order for line in lines[i]], enable_sampling=True, alpha=row.bpe_dropout, nbest_size=-1, num_threads=1)
+        return np.resize(np.concatenate(cut).astype(ids.dtype), len(ids))
     return tell
 
 
@@ -346,6 +348,7 @@ def one(a, name):
 def chosen(a, name):
     "The row of a name; `NAME@1` is that of another seed"
     base, _, seed = name.partition('@')
+    if base not in ROWS: raise SystemExit(f'{base} is not a row{nearest(base, ROWS)}; see --help')
     row = replace(ROWS[base], seed=int(seed or ROWS[base].seed), final=a.final or ROWS[base].final)
     return replace(row, **MINI) if a.mini else row
 
@@ -412,7 +415,7 @@ def main():
     "Run what is missing; print the table"
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', type=Path, help='folder with `train.txt` and `valid.txt`')
-    p.add_argument('--rows', default='small', help=f"which, with commas between them: {', '.join(n for n in ROWS if n in ('base', 'wd-1.5', 'wd-3', 'dropout-.35', 'plain', 'hours', *(f'half-hour{what}' for what in ('', '-again', '-taught', '-ensemble')), 'few', 'quarter', 'part', 'small', 'large', 'final'))}; of the last six also NAME-CHANGE, with one of {', '.join(n.removeprefix('few-') for n in ROWS if n.startswith('few-'))}")
+    p.add_argument('--rows', default='small', help=f"which, with commas between them: {', '.join(n for n in ROWS if n in ('base', 'wd-1.5', 'wd-3', 'dropout-.35', 'plain', 'hours', 'hours-ensemble', *(f'half-hour{what}' for what in ('', '-again', '-taught', '-ensemble')), 'few', 'quarter', 'part', 'small', 'large', 'final'))}; of the last six also NAME-CHANGE, with one of {', '.join(dict.fromkeys(n.partition('-')[2] for n in ROWS if n.startswith(('few-', 'part-', 'final-'))))}")
     p.add_argument('--minutes', type=float, default=0., help='of training for each row (default: the epochs of the row)')
     p.add_argument('--device', default='auto')
     p.add_argument('--compile', action='store_true')

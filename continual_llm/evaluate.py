@@ -12,7 +12,7 @@ import torch
 from .batches import eval_batches, sent
 from .core import UserError, autocast, in_range, pick_precision, shown, yes_or_no
 from .distributed import Processes
-from .dynamic import DECAY, RATE, dynamic_nats
+from .dynamic import dynamic_nats
 from .generate import evaluating, load_model
 from .metrics import Score
 
@@ -94,24 +94,24 @@ def ensemble_nats(
 
 # %% ../nbs/11_evaluate.ipynb #3f99696c
 def evaluate(
-    model:str|list,             # a checkpoint file or a run folder; several are averaged, `--model A --model B`
-    data,                       # text to measure: a file, folder, glob, `.jsonl` or `.gz`
-    tokenizer:str|None=None,    # its folder; left out, the (first) run folder's own
-    field:str='text',           # of a `.jsonl` record, the one that holds the text
-    context:int=0,              # most tokens a prediction sees; 0 takes the model's `max_seq_len`
-    stride:int=0,               # tokens newly predicted per window; 0 means plain blocks, with `dynamic` stretches of 64
-    batch_size:int=8,           # windows at once; with `dynamic` always 1
-    dynamic:bool=False,         # let the model learn from each stretch of `stride` tokens once it has predicted it?
-    dynamic_rate:float=RATE,    # share of its size by which each weight moves then; 0 keeps them still
-    dynamic_decay:float=DECAY,  # share of the way back to the trained weights after each step, in [0, 1]
-    device:str='auto',          # `auto`, `cuda`, `mps` or `cpu`
-    precision:str='auto',       # `auto`, `fp32` or `bf16`
-    cache:str|None=None,        # where token files are kept; left out, the user's cache folder
-)->Score:                       # nats, tokens, words and bytes, and what follows from them
+    model:str|list,                # a checkpoint file or a run folder; several are averaged, `--model A --model B`
+    data,                          # text to measure: a file, folder, glob, `.jsonl` or `.gz`
+    tokenizer:str|None=None,       # its folder; left out, the (first) run folder's own
+    field:str='text',              # of a `.jsonl` record, the one that holds the text
+    context:int=0,                 # most tokens a prediction sees; 0 takes the model's `max_seq_len`
+    stride:int=0,                  # tokens newly predicted per window; 0 means plain blocks, with `dynamic` stretches of 64
+    batch_size:int|None=None,      # windows at once (default: 8; with `dynamic` there is always one)
+    dynamic:bool=False,            # let the model learn from each stretch of `stride` tokens once it has predicted it?
+    dynamic_rate:float|None=None,  # share of its size by which each weight moves then (default: 0.001; 0 keeps them still)
+    dynamic_decay:float|None=None, # share of the way back to the trained weights after each step, in [0, 1] (default: 0.001)
+    device:str='auto',             # `auto`, `cuda`, `mps` or `cpu`
+    precision:str='auto',          # `auto`, `fp32` or `bf16`
+    cache:str|None=None,           # where token files are kept; left out, the user's cache folder
+)->Score:                          # nats, tokens, words and bytes, and what follows from them
     "Measure a checkpoint on a text, or several as one"
     from continual_llm.data import prepare
     from continual_llm.source import Source
-    in_range('batch_size', batch_size, 1, whole=True)
+    if batch_size is not None: in_range('batch_size', batch_size, 1, whole=True)
     how = _way(yes_or_no('dynamic', dynamic), dynamic_rate, dynamic_decay, batch_size)
     source = Source.of(data, field=field)
     nets, tok = load_together(model if isinstance(model, (list, tuple)) else [model], tokenizer, device)
@@ -135,7 +135,8 @@ def load_together(
 
 def _way(dynamic, rate, decay, batch_size):
     "The settings in which the two ways to measure differ"
-    if dynamic: return dict(nats_of=dynamic_nats, rate=rate, decay=decay)
-    for name, value, usual in (('dynamic_rate', rate, RATE), ('dynamic_decay', decay, DECAY)):
-        if value != usual: raise UserError(f"{name}={shown(value)} was given without `dynamic`, which would use it; give --dynamic too")
-    return dict(batch_size=batch_size)
+    def given(**how): return {k: v for k, v in how.items() if v is not None}
+    for name, value in given(dynamic_rate=rate, dynamic_decay=decay).items():
+        if not dynamic: raise UserError(f"{name}={shown(value)} was given without `dynamic`, which would use it; give --dynamic too")
+    if dynamic and batch_size is not None: raise UserError(f"batch_size={shown(batch_size)} was given, but `dynamic` reads one window after the other; leave batch_size out")
+    return dict(nats_of=dynamic_nats, **given(rate=rate, decay=decay)) if dynamic else given(batch_size=batch_size)

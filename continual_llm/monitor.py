@@ -52,7 +52,7 @@ def eval_lines(
 
 # %% ../nbs/07_monitor.ipynb #90ca086c
 def done_lines(
-    r:dict,          # a `done` record: seconds; path of the best checkpoint, if there is one; stopped, the reason if not the last step; how and loss, if the best was made anew
+    r:dict,          # a `done` record: seconds; path of the best checkpoint, if there is one; stopped, the reason if not the last step; chosen_by, the validation text if it is one of its own; how and loss, if the best was made anew
     history:History, # what came before it
 )->str:
     "The end of a run in a few lines"
@@ -62,6 +62,7 @@ def done_lines(
     if stopped == 'early stopping': lines.insert(0, f"Stopped early: no improvement for {evals[-1]['no_improvement']} {_unit(history)}")
     elif stopped: lines = [f"Stopped after step {steps} ({stopped}), saved; --resume goes on from there. Time: {minutes}"]
     if best: lines.append(f"Best model: {r.get('how') or _place(best)} with validation loss {r.get('loss', best['loss']):.4f}")
+    if best and r.get('chosen_by') and len(evals) > 1: lines.append(f"It was chosen by {r['chosen_by']}, as the best of {len(evals)} evaluations, so this loss is a little too low for it; judge by a text that had no say")
     if r.get('path'): lines.append(f"Best checkpoint available at: {r['path']}")
     return '\n'.join(lines)
 

@@ -590,7 +590,7 @@ def _finish(job, store, record, model, history, at, say, processes):
     try: save_curve(history, job.folder/'curve.png')
     except OSError as e: aside(f"{job.folder/'curve.png'} cannot be written ({e.strerror}); the run itself is whole")
     stage = ending.get('stage', {})
-    made = dict(how=stage['how'], loss=Score(**stage['after'][stage['domain']]).loss) if stage.get('how') else {}
+    made = dict(how=stage['how'], loss=Score(**stage['after'][stage['domain']]).loss) if stage.get('how') else {} if job.val.part else dict(chosen_by=Path(job.val.source).name)
     history.add('done', seconds=at.seconds, stopped=at.stopped, path=str(store.folder/store.best) if at.best_epoch else None, **made)
     if over:
         say(f"Curves: {job.folder/'curve.png'}\n\nA sample of what it writes:\n  " + run.generate('', max_tokens=min(60, job.shape.max_seq_len-1), temperature=.7, top_p=.9, seed=job.loop.seed).strip().replace('\n', '\n  '))

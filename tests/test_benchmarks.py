@@ -1,5 +1,5 @@
 "Every benchmark can still be begun: what it imports is there, and its help says what it is for; those beside others are run in miniature"
-import json, os, re, runpy, subprocess, sys
+import json, os, re, runpy, shutil, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
@@ -128,8 +128,8 @@ def test_a_small_text_learned_in_several_ways(run, tmp_path, monkeypatch, capfd)
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     text = Path(__file__).with_name('test_options.py').read_text()
     (tmp_path/'train.txt').write_text(text[:20_000]), (tmp_path/'valid.txt').write_text(text[20_000:24_000])
-    def rows(names):
-        with pytest.raises(SystemExit) as e: run('quality.py', '--data', str(tmp_path), '--work', str(tmp_path/'work'), '--mini', '--jobs', '2', '--rows', names)
+    def rows(names, *more):
+        with pytest.raises(SystemExit) as e: run('quality.py', '--data', str(tmp_path), '--work', str(tmp_path/'work'), '--mini', '--jobs', '2', '--rows', names, *more)
         assert not e.value.code
         return [json.loads(line) for line in (tmp_path/'rows.jsonl').read_text().splitlines()]
     (first,) = rows('final')
@@ -143,6 +143,11 @@ def test_a_small_text_learned_in_several_ways(run, tmp_path, monkeypatch, capfd)
     gain = -np.log(np.mean(np.exp([-.1*n for n in range(4)])))*len(nats)/np.log(2)/4000
     again, together = sorted(together, key=lambda r: 'ensemble' in r['row'])
     assert again['row'] == 'final-again' and again['settings']['teachers'] == ['final'] and again['epochs'] == 1 and again['window'] != first['window']
+    for n in (1, 2, 3): shutil.copy(tmp_path/'work'/'final.pt', tmp_path/'work'/f'final@{n}.pt')
+    taught = rows('final-taught', '--compile', '--minutes', '.002', '--samples', '3', '--dynamic', '.0005', '.001')[-1]  # as for a GPU
+    assert taught['row'] == 'final-taught' and len(taught['settings']['teachers']) == 4 and len(taught['samples']) == 3 and all(taught['samples'])
+    assert taught['dynamic'].keys() == {'0.0005', '0.001'} and all(d['bits_per_byte'] != taught['window']['bits_per_byte'] for d in taught['dynamic'].values())
+    with pytest.raises(SystemExit, match="final-tought is not a row; did you mean 'final-taught'"): run('quality.py', '--data', str(tmp_path), '--work', str(tmp_path/'work'), '--rows', 'final-tought')
     assert together['row'] == 'final-ensemble' and abs(together['window']['bits_per_byte'] - first['window']['bits_per_byte'] - gain) < 1e-4
 
 
@@ -196,8 +201,10 @@ def test_a_text_told_anew(q, tmp_path):
     tell = q.telling(q.Row(reshuffle=True), ids, train.doc_starts, tok)
     assert sorted(tell(1).tolist()) == sorted(ids.tolist()) and all(p.tobytes() in tell(1).tobytes() for p in parts) and not np.array_equal(tell(1), tell(2)) and np.array_equal(tell(1), tell(1))
     tell = q.telling(replace(q.Row(), bpe_dropout=.3), ids, train.doc_starts, tok)
-    text = tok.decode(tell(0).tolist())
-    assert len(tell(0)) == len(ids) and (tmp_path/'text.txt').read_text().startswith(text) and len(text) > 100 and not np.array_equal(tell(0), ids) and np.array_equal(tell(3), tell(3))
+    bodies = [tok.decode(p.tolist()) for p in parts]
+    turned = [''.join(bodies[k:] + bodies[:k]) for k in range(5)]
+    begun = [next(k for k in range(5) if turned[k].startswith(tok.decode(tell(e).tolist()))) for e in range(6)]  # each pass a part of the text, from one article or another on
+    assert len(tell(0)) == len(ids) and len(tok.decode(tell(0).tolist())) > 100 and len(set(begun)) > 1 and not np.array_equal(tell(0), ids) and np.array_equal(tell(3), tell(3))
 
 
 def test_a_guided_optimizer(q):
@@ -301,6 +308,9 @@ def test_troubleshooting_in_miniature(run, tmp_path):
     out, _ = run('troubleshooting.py', '--mini', '--results', str(tmp_path/'rows.jsonl'))
     rows = [json.loads(line) for line in (tmp_path/'rows.jsonl').read_text().splitlines()]
     assert len(rows) == 11 == len({r['run'] for r in rows}) and all(r['steps'] > 5 and r['best'] < 6 for r in rows)
+    asked = {r['run']: {k: v for k, v in r['asked'].items() if k not in ('epochs', 'warmup_steps', 'early_stopping_patience')} for r in rows}
+    assert asked['small-data, decay 3, dropout 0.2'] == dict(recipe='small-data', weight_decay=3., dropout=.2) and asked['plain, a tenth of the rate'] == dict(learning_rate=3e-4) and asked['plain, dropout 0.3'] == dict(learning_rate=3e-3, dropout=.3)
+    assert len({(r['best'], r['steps']) for r in rows if 'patience' not in r['run']}) == 7  # in two passes, those of eight and twenty are one, and so are the two warmups
     again, _ = run('troubleshooting.py', '--mini', '--results', str(tmp_path/'rows.jsonl'))
     assert again.splitlines() == out.splitlines()[-len(again.splitlines()):] and len(again.splitlines()) == 13
 

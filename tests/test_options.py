@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
-from continual_llm import generate as writing, narrow, train as training
+from continual_llm import dynamic, generate as writing, narrow, train as training
 from continual_llm.cli import generate_command, main, parse
 from continual_llm.continual import continual_learn
 from continual_llm.core import UserError, multiplies_bf16, read_json, seed_everything
@@ -229,6 +229,15 @@ def test_val_data(train, home):
     text = (home/'few.txt').read_text()
     run = train(val_data=str(home/'few.txt'))
     assert evals(run, 'bytes') == [len(text)] and evals(run, 'words') == [len(text.split()) + text.count('\n')]
+
+
+def test_a_best_epoch_says_which_text_chose_it(train, home, capsys):
+    "Where a text of its own had more than one to choose from"
+    own, said = dict(val_data=str(home/'few.txt')), []
+    for more in (dict(own, eval_every=2), own, dict(eval_every=2)):
+        run = train(**more, max_steps=6, epochs=2, quiet=False)
+        said.append([line for line in capsys.readouterr().out.splitlines() if 'chosen by' in line])
+    assert said == [[f"It was chosen by few.txt, as the best of {len(evals(run, 'loss'))} evaluations, so this loss is a little too low for it; judge by a text that had no say"], [], []]
 
 
 @shows(pretrain, 'val_split')
@@ -714,6 +723,9 @@ def test_learning_while_it_reads(score, made, home):
     for how, value in got.items(): assert value == pytest.approx(nats(*how), rel=1e-5)
     assert len(set(got.values())) == 3 and score().nats == score(dynamic=False).nats
     assert score(dynamic=True, dynamic_rate=0., stride=8).nats == pytest.approx(nats(0., 0.), rel=1e-5)
+    assert score(dynamic=True, stride=8).nats == score(dynamic=True, dynamic_rate=dynamic.RATE, dynamic_decay=dynamic.DECAY, stride=8).nats
+    for bad, said in ((dict(dynamic_rate=dynamic.RATE), 'dynamic_rate=0.001'), (dict(dynamic_decay=0.), 'dynamic_decay=0.0'), (dict(dynamic=True, batch_size=8), 'batch_size=8')):
+        with pytest.raises(UserError, match=said): score(**bad)  # would have no effect
 
 
 @shows(evaluate, 'device', 'cache')

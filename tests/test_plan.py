@@ -122,7 +122,7 @@ def test_a_plan_is_of_the_job_that_is_asked_for(same, home, tmp_path, capsys):
     record = json.loads((tmp_path/'run'/'run.json').read_text())
     assert record['result']['step'] == found.steps and record['settings']['optimizer'] == 'muon'
     files = {p.stat().st_ino: p.stat().st_size for p in (tmp_path/'run').rglob('*.pt')}
-    assert found.disk <= sum(files.values())
+    assert .98*sum(files.values()) <= found.disk <= sum(files.values())
     numbers = sum(t.numel() for t in torch.load(tmp_path/'run'/'best'/'checkpoint.pt')['model_state_dict'].values())
     assert found.n_params == numbers and found.n_bytes == (home/'text.txt').stat().st_size + (home/'few.txt').stat().st_size
 
