@@ -1069,6 +1069,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'continual_llm.plan.steps_within': ('plan.html#steps_within', 'continual_llm/plan.py'),
                                     'continual_llm.plan.stops': ('plan.html#stops', 'continual_llm/plan.py'),
                                     'continual_llm.plan.suggest_config': ('plan.html#suggest_config', 'continual_llm/plan.py'),
+                                    'continual_llm.plan.suggest_decay': ('plan.html#suggest_decay', 'continual_llm/plan.py'),
                                     'continual_llm.plan.suggest_epochs': ('plan.html#suggest_epochs', 'continual_llm/plan.py'),
                                     'continual_llm.plan.suggest_recipe': ('plan.html#suggest_recipe', 'continual_llm/plan.py'),
                                     'continual_llm.plan.suggest_vocabulary': ('plan.html#suggest_vocabulary', 'continual_llm/plan.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'PER_ROOT', 'PER_TOKEN', 'SMALL', 'PLAIN', 'ENOUGH', 'AT_ONE', 'POWER', 'WORTH', 'MOST_STEPS', 'EVALUATED',
-           'FRESH', 'WITHOUT', 'suggest_vocabulary', 'suggest_config', 'suggest_recipe', 'overfits_at',
+           'FRESH', 'WITHOUT', 'suggest_vocabulary', 'suggest_config', 'suggest_recipe', 'suggest_decay', 'overfits_at',
            'suggest_epochs', 'Pace', 'timed', 'step_times', 'standing_bytes', 'peak_bytes', 'measure', 'stops',
            'trained_tokens', 'run_seconds', 'disk_bytes', 'RunPlan', 'epochs_within', 'steps_within', 'choose', 'plan']
 
@@ -56,6 +56,12 @@ def suggest_recipe(
     means = recipe_options(SMALL)
     agrees = all(given.get(name, means[name]) == means[name] for name in ('optimizer', 'learning_rate'))
     return SMALL if n_tokens < ENOUGH and agrees else PLAIN
+
+def suggest_decay(
+    n_tokens:int, n_params:int, # of the training text, and of the model
+)->float:
+    "Weight decay with the recipe for small texts"
+    return 1. if n_params <= PER_TOKEN*n_tokens else recipe_options(SMALL)['weight_decay']
 
 # %% ../nbs/12h_plan.ipynb #339cf2f8
 AT_ONE, POWER = 17., .23   # epoch at one token a parameter, and how it grows with tokens over parameters
@@ -303,6 +309,8 @@ def plan(
         say(f"Measuring {config if isinstance(config, str) else 'the model'} for about {seconds:g} s")
         return job, measure(job, seconds, standing)
     config, job, pace = _model(asked, first, measured, 3600*hours)
+    decay = suggest_decay(job.train.n_tokens, count_params(job.shape))
+    if asked['recipe'] == SMALL and decay != recipe_options(SMALL)['weight_decay']: asked.setdefault('weight_decay', decay)
     epochs, max_steps, notes = _length(asked, job, pace, 3600*hours)
     chosen = dict(config=config, vocab_size=asked_size, epochs=epochs, max_steps=max_steps)
     words = dict(data=data, **{k: told.get(k, v) for k, v in asked.items() if k not in chosen and told.get(k, v) is not None}, **{k: v for k, v in chosen.items() if v})

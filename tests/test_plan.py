@@ -122,7 +122,7 @@ def test_a_plan_is_of_the_job_that_is_asked_for(same, home, tmp_path, capsys):
     record = json.loads((tmp_path/'run'/'run.json').read_text())
     assert record['result']['step'] == found.steps and record['settings']['optimizer'] == 'muon'
     files = {p.stat().st_ino: p.stat().st_size for p in (tmp_path/'run').rglob('*.pt')}
-    assert .98*sum(files.values()) <= found.disk <= sum(files.values())
+    assert .7*sum(files.values()) <= found.disk <= sum(files.values())
     numbers = sum(t.numel() for t in torch.load(tmp_path/'run'/'best'/'checkpoint.pt')['model_state_dict'].values())
     assert found.n_params == numbers and found.n_bytes == (home/'text.txt').stat().st_size + (home/'few.txt').stat().st_size
 
@@ -146,6 +146,14 @@ def test_a_teacher_is_planned_for(same, tmp_path, monkeypatch):
     beside = load_teachers((tmp_path/'first', tmp_path/'first'), .5).bytes(4*16, 'bf16')
     assert set(asked) == {2} and found.pace.memory - without.pace.memory == beside > 0
     assert f'--teacher {teachers[0]} --teacher {teachers[1]}' in found.command and '--vocab_size' not in found.command and found.n_pieces == without.n_pieces
+
+
+def test_a_decay_for_few_parameters(same, tmp_path):
+    "Suggested with the recipe for small texts, where the model is too small to learn its text by heart; what is given stays"
+    few = dict(d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=8)
+    def command(**more): return plan(**{**same, 'config': few, **more}, seconds=.01, save_dir=str(tmp_path/'run')).command
+    assert '--recipe small-data' in command() and '--weight_decay 1.0' in command() and '--weight_decay 0.7' in command(weight_decay=.7)
+    assert '--weight_decay' not in command(config='tiny') and '--weight_decay' not in command(recipe='plain')
 
 
 def test_what_is_not_given_is_suggested(same, home, tmp_path):
