@@ -51,7 +51,7 @@ def in_another(*words):
 
 def excerpt(source, kilobytes, target):
     "The beginning of a text, whole lines"
-    text = source.read_text()[:1000*kilobytes]
+    text = source.read_text()[:round(1000*kilobytes)]
     target.write_text(text[:text.rindex('\n') + 1])
     return str(target)
 

@@ -315,6 +315,17 @@ def test_troubleshooting_in_miniature(run, tmp_path):
     assert again.splitlines() == out.splitlines()[-len(again.splitlines()):] and len(again.splitlines()) == 13
 
 
+def test_recipes_in_miniature(run, text):
+    "Each is run as it is named, on the same text, and once"
+    flags = '--data', str(text), '--mini', '--ways', 'plain;small-data, decay 1'
+    out, rows = run('recipes.py', *flags)
+    plain, small = rows
+    assert plain['asked'] == {} and small['asked'] == dict(recipe='small-data', weight_decay=1.) and plain['steps'] == small['steps'] > 1 and plain['bits_per_byte'] != small['bits_per_byte']
+    assert all(len(r['curve']) == 2 and r['bits_per_byte'] == pytest.approx(min(c[2] for c in r['curve']), abs=1e-4) for r in rows) and '| plain | ' in out
+    again, rows = run('recipes.py', *flags)
+    assert len(rows) == 2 and again.splitlines() == out.splitlines()[2:]
+
+
 @pytest.fixture
 def beside(monkeypatch):
     "The comparison of quality, as a module"
