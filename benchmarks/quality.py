@@ -373,12 +373,13 @@ def seeds(rows):
 
 
 def against(rows):
-    "Row -> its bits per byte in a sliding window against the first row of its family with the same seed, in per cent more or less"
+    "Row -> its bits per byte in a sliding window against the first row of its family with the same seed, judged by the same text, in per cent more or less"
+    final = {r['row']: r['settings']['final'] for r in rows}
     bits = {r['row']: r['window']['bits_per_byte'] for r in rows}
     def first(name):
         base, *seed = name.partition('@')
         return min((n.partition('@')[0] for n in bits if (base + '-').startswith(n.partition('@')[0] + '-')), key=len) + ''.join(seed)
-    return {name: 100*(b/bits[first(name)] - 1) for name, b in bits.items() if first(name) in bits and first(name) != name}
+    return {name: 100*(b/bits[first(name)] - 1) for name, b in bits.items() if first(name) != name and final.get(first(name)) == final[name]}
 
 
 def table(rows):

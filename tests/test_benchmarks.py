@@ -171,6 +171,8 @@ def test_seeds_of_a_row(q):
     few = [row('few', 2.), row('few@1', 4.), row('few-wd-3', 2.2), row('few-wd-3@1', 4.8), row('few-ema@1', 3.9), row('few-untied@2', 1.), row('small-ema', 1.)]
     assert {name: round(b, 9) for name, b in q.against(few).items()} == {'few-wd-3': 10., 'few-wd-3@1': 20., 'few-ema@1': -2.5}
     assert [line.split(' | ')[7] for line in q.table(few).splitlines()[2:]] == ['', '+15.00 ± 7.07', '-2.50', '', '']
+    ended = dict(row('few-wd-3-final', 1.), settings=dict(final=True))  # judged by another text
+    assert q.against([*few, ended]) == q.against(few) and q.table([row('few', 2.), ended]).splitlines()[-1].split(' | ')[2:8] == ['valid', '1.2 M', '3.5', '', '1.0000', '']
 
 
 def test_steps_that_fit_into_a_time(q, monkeypatch):
