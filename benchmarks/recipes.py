@@ -8,10 +8,10 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 from plan_check import excerpt
 from speed import read
 from continual_llm.bench import machine_line
-from continual_llm.core import pick_device
+from continual_llm.core import nearest, pick_device
 from continual_llm.train import pretrain
 
-WAYS = {'plain': {}, 'plain, ten times the rate': dict(learning_rate=3e-3), 'small-data': dict(recipe='small-data'), 'small-data, decay 1': dict(recipe='small-data', weight_decay=1.)}
+WAYS = {'plain': {}, 'plain, ten times the rate': dict(learning_rate=3e-3), 'plain, ten times the rate, short warmup': dict(learning_rate=3e-3, warmup_steps=100), 'small-data': dict(recipe='small-data'), 'small-data, decay 1': dict(recipe='small-data', weight_decay=1.)}
 
 
 def run(a, way, work):
@@ -27,8 +27,8 @@ def run(a, way, work):
 
 def table(rows):
     "Rows as Markdown"
-    return '\n'.join(['| recipe | steps | training loss at the end | bits per byte, best | per word | in pass | seconds |', '|---'*7 + '|',
-                      *[f"| {r['way']} | {r['steps']} | {r['curve'][-1][1]:.2f} | {r['bits_per_byte']:.4f} | {r['word_perplexity']:.0f} | {r['best_epoch']} | {r['seconds']:.0f} |" for r in rows]])
+    return '\n'.join(['| recipe | megabytes | steps | training loss at the end | bits per byte, best | per word | in pass | seconds |', '|---'*8 + '|',
+                      *[f"| {r['way']} | {r['megabytes']:g} | {r['steps']} | {r['curve'][-1][1]:.2f} | {r['bits_per_byte']:.4f} | {r['word_perplexity']:.0f} | {r['best_epoch']} | {r['seconds']:.0f} |" for r in rows]])
 
 
 def main():
@@ -43,9 +43,12 @@ def main():
     p.add_argument('--mini', action='store_true', help='everything in miniature')
     a = p.parse_args()
     if a.mini: a.megabytes, a.epochs = .02, 2
-    rows = read(a.results)
+    ways = a.ways.split(';')
+    for way in ways:
+        if way not in WAYS: raise SystemExit(f"--ways: {way!r} is not one of {', '.join(WAYS)}{nearest(way, WAYS)}")
+    rows = [r for r in read(a.results) if a.table or (r['way'] in ways and (r['megabytes'], r['epochs']) == (a.megabytes, a.epochs))]
     a.results.parent.mkdir(parents=True, exist_ok=True)
-    for way in [w for w in a.ways.split(';') if not a.table and w not in {r['way'] for r in rows}]:
+    for way in [w for w in ways if not a.table and w not in {r['way'] for r in rows}]:
         with tempfile.TemporaryDirectory() as work: rows.append(run(a, way, Path(work)))
         with open(a.results, 'a') as f: f.write(json.dumps(rows[-1]) + '\n')
         print(f"{way}: {rows[-1]['seconds']:.0f} s", flush=True)

@@ -1049,6 +1049,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'continual_llm.plan': { 'continual_llm.plan.Pace': ('plan.html#pace', 'continual_llm/plan.py'),
                                     'continual_llm.plan.RunPlan': ('plan.html#runplan', 'continual_llm/plan.py'),
                                     'continual_llm.plan.RunPlan.__str__': ('plan.html#runplan.__str__', 'continual_llm/plan.py'),
+                                    'continual_llm.plan._agree': ('plan.html#_agree', 'continual_llm/plan.py'),
                                     'continual_llm.plan._length': ('plan.html#_length', 'continual_llm/plan.py'),
                                     'continual_llm.plan._model': ('plan.html#_model', 'continual_llm/plan.py'),
                                     'continual_llm.plan._pieces': ('plan.html#_pieces', 'continual_llm/plan.py'),

@@ -62,7 +62,7 @@ def done_lines(
     if stopped == 'early stopping': lines.insert(0, f"Stopped early: no improvement for {evals[-1]['no_improvement']} {_unit(history)}")
     elif stopped: lines = [f"Stopped after step {steps} ({stopped}), saved; --resume goes on from there. Time: {minutes}"]
     if best: lines.append(f"Best model: {r.get('how') or _place(best)} with validation loss {r.get('loss', best['loss']):.4f}")
-    if best and r.get('chosen_by') and len(evals) > 1: lines.append(f"It was chosen by {r['chosen_by']}, as the best of {len(evals)} evaluations, so this loss is a little too low for it; judge by a text that had no say")
+    if best and r.get('chosen_by') and (r.get('how') or len(evals) > 1): lines.append(f"That loss is of {r['chosen_by']}, which also chose {'the weights' if r.get('how') else f'among {len(evals)} evaluations'}, so it may be a little too low; measure on another text")
     if r.get('path'): lines.append(f"Best checkpoint available at: {r['path']}")
     return '\n'.join(lines)
 

@@ -53,15 +53,19 @@ def suggest_recipe(
     **given,      # options of `pretrain` that the recipe must agree with
 )->str:
     "How to learn from a text of this size"
-    means = recipe_options(SMALL)
-    agrees = all(given.get(name, means[name]) == means[name] for name in ('optimizer', 'learning_rate'))
-    return SMALL if n_tokens < ENOUGH and agrees else PLAIN
+    return SMALL if n_tokens < ENOUGH and _agree(given) else PLAIN
 
 def suggest_decay(
     n_tokens:int, n_params:int, # of the training text, and of the model
+    **given,                    # as in `suggest_recipe`
 )->float:
     "Weight decay with the recipe for small texts"
-    return 1. if n_params <= PER_TOKEN*n_tokens else recipe_options(SMALL)['weight_decay']
+    return 1. if n_params <= PER_TOKEN*n_tokens and _agree(given) else recipe_options(SMALL)['weight_decay']
+
+def _agree(given):
+    "Is the rate, and whose it is, that of the recipe for small texts?"
+    means = recipe_options(SMALL)
+    return all(given.get(name, means[name]) == means[name] for name in ('optimizer', 'learning_rate'))
 
 # %% ../nbs/12h_plan.ipynb #339cf2f8
 AT_ONE, POWER = 17., .23   # epoch at one token a parameter, and how it grows with tokens over parameters
@@ -309,7 +313,7 @@ def plan(
         say(f"Measuring {config if isinstance(config, str) else 'the model'} for about {seconds:g} s")
         return job, measure(job, seconds, standing)
     config, job, pace = _model(asked, first, measured, 3600*hours)
-    decay = suggest_decay(job.train.n_tokens, count_params(job.shape))
+    decay = suggest_decay(job.train.n_tokens, count_params(job.shape), **asked)
     if asked['recipe'] == SMALL and decay != recipe_options(SMALL)['weight_decay']: asked.setdefault('weight_decay', decay)
     epochs, max_steps, notes = _length(asked, job, pace, 3600*hours)
     chosen = dict(config=config, vocab_size=asked_size, epochs=epochs, max_steps=max_steps)

@@ -326,6 +326,11 @@ def test_recipes_in_miniature(run, text):
     assert all(len(r['curve']) == 2 and r['bits_per_byte'] == pytest.approx(min(c[2] for c in r['curve']), abs=1e-4) for r in rows) and '| plain | ' in out
     again, rows = run('recipes.py', *flags)
     assert len(rows) == 2 and again.splitlines() == out.splitlines()[2:]
+    results = text/'rows.jsonl'
+    results.write_text(''.join(json.dumps(dict(r, epochs=r['epochs'] + 1) if r['way'] == 'plain' else r) + '\n' for r in rows))
+    anew, rows = run('recipes.py', *flags)  # what was learned in other passes is no answer
+    assert [r['way'] for r in rows] == ['plain', 'small-data, decay 1', 'plain'] and anew.count('| plain |') == 1
+    with pytest.raises(SystemExit, match="--ways: 'plane' is not one of plain, .*did you mean 'plain'"): run('recipes.py', '--data', str(text), '--mini', '--ways', 'plane')
 
 
 @pytest.fixture

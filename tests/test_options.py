@@ -11,7 +11,7 @@ from continual_llm import dynamic, generate as writing, narrow, train as trainin
 from continual_llm.cli import generate_command, main, parse
 from continual_llm.continual import continual_learn
 from continual_llm.core import UserError, multiplies_bf16, read_json, seed_everything
-from continual_llm.evaluate import evaluate
+from continual_llm.evaluate import evaluate, token_nats
 from continual_llm.footprint import SPARE, run_bytes
 from continual_llm.generate import Sampling, generate, load_model
 from continual_llm.memory import domains
@@ -236,8 +236,8 @@ def test_a_best_epoch_says_which_text_chose_it(train, home, capsys):
     own, said = dict(val_data=str(home/'few.txt')), []
     for more in (dict(own, eval_every=2), own, dict(eval_every=2)):
         run = train(**more, max_steps=6, epochs=2, quiet=False)
-        said.append([line for line in capsys.readouterr().out.splitlines() if 'chosen by' in line])
-    assert said == [[f"It was chosen by few.txt, as the best of {len(evals(run, 'loss'))} evaluations, so this loss is a little too low for it; judge by a text that had no say"], [], []]
+        said.append([line for line in capsys.readouterr().out.splitlines() if 'chose' in line])
+    assert said == [[f"That loss is of few.txt, which also chose among {len(evals(run, 'loss'))} evaluations, so it may be a little too low; measure on another text"], [], []]
 
 
 @shows(pretrain, 'val_split')
@@ -253,8 +253,17 @@ def test_tokenizer(train, home):
     given, own = train(), train(tokenizer=None, vocab_size=285)
     assert given.tokenizer.hash == Tokenizer.load(home/'tok').hash and given.model.config.vocab_size == 300
     assert len(own.tokenizer) == own.model.config.vocab_size == 285 and Tokenizer.load(own.folder/'tokenizer').hash == own.tokenizer.hash
+    with pytest.raises(UserError, match=f"vocab_size=286, but the run in {own.folder} began with 285 pieces; .*--save_dir"): train(tokenizer=None, vocab_size=286, save_dir=str(own.folder), resume=True)
+    for more in ({}, dict(vocab_size=285)): assert len(train(tokenizer=None, save_dir=str(own.folder), resume=True, **more).tokenizer) == 285
     for more in ({}, dict(tokenizer=None, teacher=[given.folder])):
         with pytest.raises(UserError, match=f"vocab_size=285 .* {'teacher' if more else 'tokenizer'} "): train(vocab_size=285, **more)
+
+
+@pytest.mark.parametrize('of, name, usual', [(pretrain, 'vocab_size', training.VOCABULARY), (evaluate, 'dynamic_rate', dynamic.RATE), (evaluate, 'dynamic_decay', dynamic.DECAY),
+                                            (evaluate, 'batch_size', inspect.signature(token_nats).parameters['batch_size'].default)])
+def test_a_default_said_in_words_is_the_one_used(of, name, usual):
+    from fastcore.docments import docments
+    assert float(re.search(r'default: ([\d.]+)', docments(of)[name]).group(1)) == usual and inspect.signature(of).parameters[name].default is None
 
 
 @pytest.mark.parametrize('brought', ['tokenizer', 'teacher'])

@@ -154,6 +154,7 @@ def test_a_decay_for_few_parameters(same, tmp_path):
     def command(**more): return plan(**{**same, 'config': few, **more}, seconds=.01, save_dir=str(tmp_path/'run')).command
     assert '--recipe small-data' in command() and '--weight_decay 1.0' in command() and '--weight_decay 0.7' in command(weight_decay=.7)
     assert '--weight_decay' not in command(config='tiny') and '--weight_decay' not in command(recipe='plain')
+    for other in (dict(optimizer='adamw'), dict(learning_rate=.02)): assert '--weight_decay' not in command(recipe='small-data', **other)  # with another rate it is another decay
 
 
 def test_what_is_not_given_is_suggested(same, home, tmp_path):
