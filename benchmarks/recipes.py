@@ -45,7 +45,7 @@ def main():
     if a.mini: a.megabytes, a.epochs = .02, 2
     ways = a.ways.split(';')
     for way in ways:
-        if way not in WAYS: raise SystemExit(f"--ways: {way!r} is not one of {', '.join(WAYS)}{nearest(way, WAYS)}")
+        if way not in WAYS: raise SystemExit(f"--ways: {way!r} is not one of {'; '.join(WAYS)}{nearest(way, WAYS)}")
     rows = [r for r in read(a.results) if a.table or (r['way'] in ways and (r['megabytes'], r['epochs']) == (a.megabytes, a.epochs))]
     a.results.parent.mkdir(parents=True, exist_ok=True)
     for way in [w for w in ways if not a.table and w not in {r['way'] for r in rows}]:

@@ -330,7 +330,7 @@ def test_recipes_in_miniature(run, text):
     results.write_text(''.join(json.dumps(dict(r, epochs=r['epochs'] + 1) if r['way'] == 'plain' else r) + '\n' for r in rows))
     anew, rows = run('recipes.py', *flags)  # what was learned in other passes is no answer
     assert [r['way'] for r in rows] == ['plain', 'small-data, decay 1', 'plain'] and anew.count('| plain |') == 1
-    with pytest.raises(SystemExit, match="--ways: 'plane' is not one of plain, .*did you mean 'plain'"): run('recipes.py', '--data', str(text), '--mini', '--ways', 'plane')
+    with pytest.raises(SystemExit, match="--ways: 'plane' is not one of plain; plain, ten times the rate; .*did you mean 'plain'"): run('recipes.py', '--data', str(text), '--mini', '--ways', 'plane')
 
 
 @pytest.fixture

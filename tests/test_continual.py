@@ -197,6 +197,9 @@ def test_retry(teach, home):
     told = History()
     told.restore(dict(records=[json.loads(line) for line in (found.folder/'metrics.jsonl').read_text().splitlines()]))
     assert f"Best model: {found.how} with validation loss {found.after['code'].loss:.4f}" in done_lines(told.records[-1], told)
+    judged = teach(max_steps=20, max_forgetting=limit, retry=True, val_data=str(home/'code.txt'))  # by a text of its own, which chose the weights too
+    last = json.loads((judged.folder/'metrics.jsonl').read_text().splitlines()[-1])
+    assert judged.how and last['chosen_by'] == 'code.txt' and 'chosen_by' not in told.records[-1]
     if found.how.startswith('alpha'):
         a, old, new = float(found.how.split()[1]), weights(teach(method='frozen')), weights(plain)
         for k in old: torch.testing.assert_close(weights(found)[k], old[k] + a*(new[k] - old[k]), atol=1e-3, rtol=1e-3)
